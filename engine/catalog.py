@@ -1,0 +1,118 @@
+"""The adapters that are served: from a folder to READY on the shard, by the safe path.
+
+    copy -> check -> commit under its digest -> register -> add_lora -> serve
+
+vLLM sees only our own immutable copy, only after it was checked, and first by `add_lora`,
+whose failure is an answer; the same failure inside `generate` would end the engine for
+everyone (measured.md).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+
+from engine.adapters import AdapterFacts, check_adapter
+from engine.errors import AdapterInvalid, GenerationFailed
+from engine.generation import ServedVersion
+from engine.pool import ServedAdapter, ServedView
+from engine.shard import VllmShard
+from store.artifacts import Artifact, ArtifactStore, SourceUnusable
+from store.registry import Registry, VersionRecord
+
+logger = logging.getLogger(__name__)
+
+LOAD_ATTEMPTS = 2
+"""A failed `add_lora` may be passing; each attempt gets a new id (DESIGN section 5)."""
+
+
+class AdapterCatalog:
+    """Adds adapters to a shard and knows what is served. Owned by the host."""
+
+    def __init__(
+        self,
+        store: ArtifactStore,
+        registry: Registry,
+        shard: VllmShard,
+        shapes: Mapping[str, tuple[int, int]],
+        max_lora_rank: int,
+    ) -> None:
+        self._store = store
+        self._registry = registry
+        self._shard = shard
+        self._shapes = shapes
+        self._max_lora_rank = max_lora_rank
+        self._served: dict[str, ServedAdapter] = {}
+
+    def view(self) -> ServedView:
+        """What is served now, for the workers."""
+        return ServedView(dict(self._served))
+
+    async def add(self, tenant: str, adapter: str, source: Path) -> ServedVersion:
+        """Serve the adapter in `source`; its bytes decide whether it is a new version.
+
+        Raises AdapterInvalid with every finding.
+        """
+        artifact, facts = await asyncio.to_thread(self._take, adapter, source)
+        record = await self._registry.register(tenant, adapter, artifact.digest)
+        version = await self._load(_served_version(record, artifact))
+        self._served[adapter] = ServedAdapter(version.version, {version.version: version})
+        logger.info(
+            "adapter %s version %d is served: rank %d, digest %s",
+            adapter,
+            version.version,
+            facts.rank,
+            artifact.digest[:12],
+        )
+        return version
+
+    def _take(self, adapter: str, source: Path) -> tuple[Artifact, AdapterFacts]:
+        """Copy and check; what is checked is the copy. Blocks on disk."""
+        try:
+            with self._store.stage(source) as staged:
+                facts = check_adapter(
+                    staged.path,
+                    adapter=adapter,
+                    shapes=self._shapes,
+                    max_lora_rank=self._max_lora_rank,
+                )
+                return staged.commit(), facts
+        except SourceUnusable as error:
+            raise AdapterInvalid(adapter, [str(error)]) from error
+
+    async def _load(self, version: ServedVersion) -> ServedVersion:
+        for attempt in range(1, LOAD_ATTEMPTS + 1):
+            try:
+                await self._shard.load(version)
+                return version
+            except GenerationFailed as error:
+                logger.warning("adapter %s: attempt %d: %s", version.adapter, attempt, error)
+                refusal = AdapterInvalid(version.adapter, [f"the engine refuses it: {error}"])
+                version = await self._with_new_id(version)
+        raise refusal
+
+    async def _with_new_id(self, version: ServedVersion) -> ServedVersion:
+        lora_int_id = await self._registry.mint_lora_int_id(
+            version.tenant, version.adapter, version.version
+        )
+        return ServedVersion(
+            tenant=version.tenant,
+            adapter=version.adapter,
+            version=version.version,
+            lora_int_id=lora_int_id,
+            path=version.path,
+            digest=version.digest,
+        )
+
+
+def _served_version(record: VersionRecord, artifact: Artifact) -> ServedVersion:
+    return ServedVersion(
+        tenant=record.tenant,
+        adapter=record.adapter,
+        version=record.version,
+        lora_int_id=record.lora_int_id,
+        path=str(artifact.path),
+        digest=artifact.digest,
+    )

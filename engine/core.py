@@ -1,0 +1,226 @@
+"""Engine cores: starting one, handing out its client slots, ending it.
+
+A core is vLLM's engine process: scheduler, KV cache and model. Several processes may
+drive one core, each through a client slot of its own, the way vLLM's multi-API-server mode
+does. A slot can be used once, because the core greets it once; so many are bound, and each
+new worker takes a fresh one (ADR 0002; measured: attaching takes milliseconds).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from engine.errors import CoreFailed
+from engine.signals import group_signals_blocked
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.engine.utils import CoreEngineProcManager, EngineZmqListeners
+
+CLIENT_SLOTS = 64
+"""Slots bound per core: one for the host, one for each worker that ever lives."""
+STOP_TIMEOUT_S = 15.0
+"""How long a core gets to free its devices before it is killed."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """What a core is started with. Names and meanings are vLLM's."""
+
+    model_path: Path
+    served_model_name: str
+    dtype: str
+    quantization: str | None
+    max_model_len: int
+    max_num_seqs: int
+    gpu_memory_utilization: float
+    max_loras: int
+    max_cpu_loras: int
+    max_lora_rank: int
+    otlp_endpoint: str | None = None
+
+    def build_config(self) -> VllmConfig:
+        """The full vLLM configuration. Raises CoreFailed when vLLM refuses it."""
+        from vllm.engine.arg_utils import AsyncEngineArgs
+
+        arguments = AsyncEngineArgs(
+            model=str(self.model_path),
+            served_model_name=[self.served_model_name],
+            dtype=self.dtype,  # type: ignore[arg-type]  # one of vLLM's literals
+            quantization=self.quantization,  # type: ignore[arg-type]
+            max_model_len=self.max_model_len,
+            max_num_seqs=self.max_num_seqs,
+            gpu_memory_utilization=self.gpu_memory_utilization,
+            enable_lora=True,
+            max_loras=self.max_loras,
+            max_cpu_loras=self.max_cpu_loras,
+            max_lora_rank=self.max_lora_rank,
+            otlp_traces_endpoint=self.otlp_endpoint,
+            use_tqdm_on_load=False,
+            # vLLM's histograms begin at 0.3 s, too coarse for queue times (reliability.md 0.12).
+            custom_histogram_buckets={"request_latency": list(LATENCY_BUCKETS_S)},
+        )
+        try:
+            return arguments.create_engine_config()
+        except (ValueError, OSError, RuntimeError) as error:
+            reason = str(error).strip().splitlines()
+            raise CoreFailed(f"vLLM refuses this model or these flags: {reason[-1]}") from error
+
+
+LATENCY_BUCKETS_S = (
+    *(0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.3, 0.5),
+    *(1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0),
+)
+"""Bucket edges of all latency histograms, in seconds; 0.03 and 0.05 are alert thresholds."""
+
+
+@dataclass(frozen=True, slots=True)
+class ClientSlot:
+    """The right to drive one core, once. Can be sent to another process of the host."""
+
+    shard: str
+    index: int
+    count: int
+    input_address: str
+    output_address: str
+    input_listener: socket.socket
+    output_listener: socket.socket
+    config: VllmConfig
+
+    def client_addresses(self) -> dict[str, Any]:
+        """As `AsyncLLM(client_addresses=...)` wants them (vllm/v1/engine/core_client.py:622)."""
+        return {
+            "input_address": self.input_address,
+            "output_address": self.output_address,
+            "input_listener": self.input_listener,
+            "output_listener": self.output_listener,
+        }
+
+    def close(self) -> None:
+        """Close this process's copy of the listeners, after another process took them."""
+        self.input_listener.close()
+        self.output_listener.close()
+
+
+class EngineCore:
+    """One running engine core. Owned by the host, which starts, watches and stops it."""
+
+    def __init__(
+        self,
+        name: str,
+        config: VllmConfig,
+        listeners: EngineZmqListeners,
+        processes: CoreEngineProcManager,
+    ) -> None:
+        self.name = name
+        self.config = config
+        self._listeners: EngineZmqListeners | None = listeners
+        self._processes = processes
+        self._next_slot = 0
+
+    @classmethod
+    async def start(cls, name: str, options: EngineOptions) -> EngineCore:
+        """Start a core and wait until its model is loaded.
+
+        Raises CoreFailed if vLLM refuses the options or the process ends while loading.
+        """
+        return await asyncio.to_thread(cls._start, name, options)
+
+    @classmethod
+    def _start(cls, name: str, options: EngineOptions) -> EngineCore:
+        from vllm.v1.engine.utils import (
+            CoreEngineProcManager,
+            bind_engine_zmq_listeners,
+            launch_core_engines,
+        )
+        from vllm.v1.executor import Executor
+
+        config = options.build_config()
+        listeners = bind_engine_zmq_listeners(config, CLIENT_SLOTS)
+        try:
+            with (
+                group_signals_blocked(),
+                launch_core_engines(
+                    config, Executor.get_class(config), True, listeners.addresses
+                ) as launch,
+            ):
+                pass  # leaving the context waits for the core to be ready
+        except RuntimeError as error:
+            listeners.cleanup()
+            raise CoreFailed(
+                f"{name} did not start; the cause stands in the log lines above"
+            ) from error
+        assert isinstance(launch.engine_manager, CoreEngineProcManager)
+        return cls(name, config, listeners, launch.engine_manager)
+
+    @property
+    def pids(self) -> list[int]:
+        """Process ids of the core."""
+        return [process.pid for process in self._processes.processes if process.pid is not None]
+
+    @property
+    def sentinels(self) -> list[int]:
+        """File descriptors that become readable when a process of the core ends."""
+        return [int(sentinel) for sentinel in self._processes.sentinels()]
+
+    @property
+    def slots_left(self) -> int:
+        """Client slots that were never taken."""
+        return CLIENT_SLOTS - self._next_slot
+
+    def take_slot(self) -> ClientSlot:
+        """The next fresh slot. Raises CoreFailed when all are used."""
+        if not self.slots_left:
+            raise CoreFailed(f"all {CLIENT_SLOTS} client slots of {self.name} are used up")
+        assert self._listeners is not None, "a core that was stopped has no slots"
+        index = self._next_slot
+        self._next_slot += 1
+        inputs, outputs = self._listeners.inputs[index], self._listeners.outputs[index]
+        return ClientSlot(
+            shard=self.name,
+            index=index,
+            count=CLIENT_SLOTS,
+            input_address=inputs.address,
+            output_address=outputs.address,
+            input_listener=inputs.socket,
+            output_listener=outputs.socket,
+            config=self.config,
+        )
+
+    def exit_reason(self) -> str:
+        """How the core ended, for people. Empty while it runs."""
+        ended = [process for process in self._processes.processes if not process.is_alive()]
+        if not ended:
+            return ""
+        code = ended[0].exitcode
+        if code is not None and code < 0:
+            return f"killed by {signal.Signals(-code).name}"
+        return f"exit code {code}"
+
+    async def stop(self, request_stop: Callable[[], Any] | None = None) -> None:
+        """End the core: by `request_stop` (its own shutdown call) if given, else by a kill.
+
+        Whatever is still alive after STOP_TIMEOUT_S is killed. Safe to call twice.
+        """
+        if request_stop is not None:
+            with contextlib.suppress(Exception):  # a core that is gone cannot be asked
+                await asyncio.wait_for(request_stop(), STOP_TIMEOUT_S)
+        await asyncio.to_thread(self._reap, STOP_TIMEOUT_S if request_stop else 0.0)
+
+    def _reap(self, timeout_s: float) -> None:
+        for process in self._processes.processes:
+            process.join(timeout_s)
+            if process.is_alive():
+                process.kill()
+                process.join()
+        self._processes.shutdown(timeout=0)
+        if self._listeners is not None:
+            self._listeners.cleanup()
+            self._listeners = None  # its finalizer must not run at interpreter exit

@@ -1,0 +1,124 @@
+"""What can go wrong at the engine's seam.
+
+    EngineError
+    ├── ModelNotFound            --model names nothing that can be served
+    ├── CoreFailed               an engine core did not start, or died
+    ├── InvalidRequest           the caller's fault; carries every violation found
+    │   ├── PromptMissing
+    │   ├── PromptTooLong
+    │   ├── InvalidStructuredOutput
+    │   └── ChatTemplateRefused
+    ├── ChatTemplateMissing      the base model has no chat template
+    ├── AdapterInvalid           refused by validation, before any engine saw it
+    ├── AdapterNotFound
+    │   └── VersionNotFound
+    ├── ShardUnavailable         the engine died, or aborted the request unasked
+    └── GenerationFailed         the engine failed this one request
+
+`gateway/errors.py` maps each to a status; nothing here knows gRPC. Messages are
+for callers: they say what to do, and hold no internals.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+class EngineError(Exception):
+    """Base of everything that this package raises on purpose."""
+
+
+class ModelNotFound(EngineError):
+    """`--model` is no built-in name, no model folder and no hub id."""
+
+
+class CoreFailed(EngineError):
+    """An engine core did not start, or died. The message names the cause if known."""
+
+
+@dataclass(frozen=True, slots=True)
+class Violation:
+    """One thing that is wrong with a request."""
+
+    field: str
+    """Path of the request field, for example `sampling.top_p`."""
+    description: str
+    """What is wrong and what would be right."""
+
+
+class InvalidRequest(EngineError):
+    """The request breaks its contract. Catch it to tell the caller all violations at once."""
+
+    def __init__(self, *violations: Violation, metadata: dict[str, str] | None = None) -> None:
+        super().__init__("; ".join(f"{v.field}: {v.description}" for v in violations))
+        self.violations: Sequence[Violation] = violations
+        self.metadata = metadata or {}
+
+
+class PromptMissing(InvalidRequest):
+    """There is no prompt, or it holds nothing."""
+
+
+class PromptTooLong(InvalidRequest):
+    """The prompt leaves no room for an answer."""
+
+
+class InvalidStructuredOutput(InvalidRequest):
+    """The structured output constraint cannot be compiled."""
+
+
+class ChatTemplateRefused(InvalidRequest):
+    """The model's chat template raised on these messages."""
+
+
+class ChatTemplateMissing(EngineError):
+    """Chat was asked of a base model that has no chat template."""
+
+    def __init__(self, base_model: str) -> None:
+        super().__init__(
+            f"{base_model} has no chat template; send the prompt as `text` or `token_ids`"
+        )
+        self.base_model = base_model
+
+
+class AdapterInvalid(EngineError):
+    """An adapter was refused before any engine saw it."""
+
+    def __init__(self, adapter: str, findings: Sequence[str]) -> None:
+        super().__init__(f"adapter {adapter!r} cannot be served: " + "; ".join(findings))
+        self.adapter = adapter
+        self.findings = tuple(findings)
+
+
+class AdapterNotFound(EngineError):
+    """No adapter of that name is served."""
+
+    def __init__(self, adapter: str, served: Sequence[str]) -> None:
+        known = ", ".join(sorted(served)[:10]) or "none"
+        super().__init__(f"adapter {adapter!r} is unknown; served here: {known}")
+        self.adapter = adapter
+
+
+class VersionNotFound(AdapterNotFound):
+    """The adapter is served, but not in that version."""
+
+    def __init__(self, adapter: str, version: int, served: Sequence[int]) -> None:
+        known = ", ".join(str(v) for v in sorted(served))
+        EngineError.__init__(
+            self, f"adapter {adapter!r} has no version {version}; served here: {known}"
+        )
+        self.adapter = adapter
+        self.version = version
+
+
+class ShardUnavailable(EngineError):
+    """The engine that runs or should run the request is dead, or aborted it unasked."""
+
+    def __init__(self, shard: str) -> None:
+        super().__init__(f"{shard} is not available; retry")
+        self.shard = shard
+
+
+class GenerationFailed(EngineError):
+    """The engine failed this one request, and goes on with the others."""

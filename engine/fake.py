@@ -1,0 +1,92 @@
+"""An honest fake shard: scripted tokens, delays and faults, no model.
+
+For load and fault tests that need thousands of streams, or an engine that dies at a given
+token. Nothing that claims to work is shown on it alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass
+
+from engine.errors import PromptMissing, ShardUnavailable, Violation
+from engine.generation import (
+    Chat,
+    Delta,
+    FinishReason,
+    GenerationRequest,
+    Output,
+    Prompt,
+    ServedVersion,
+)
+from engine.rendering import RenderedPrompt
+
+
+@dataclass(frozen=True, slots=True)
+class Script:
+    """How a fake shard behaves."""
+
+    token_interval_s: float = 0.0
+    """Pause before each token; 0 still yields to the event loop."""
+    dies_after_tokens: int | None = None
+    """Each request ends with ShardUnavailable after this many tokens."""
+
+
+class FakeShard:
+    """Counts up: token k of an answer has id k and text "k ". One token per prompt word."""
+
+    def __init__(self, name: str = "shard-0", script: Script | None = None) -> None:
+        self._name = name
+        self._script = script or Script()
+        self.running: set[str] = set()
+        """Ids of the requests that are being generated."""
+        self.aborted: list[str] = []
+        """Ids of the requests that were left early, in order."""
+
+    @property
+    def name(self) -> str:
+        return self._name
+
+    async def render(self, prompt: Prompt) -> RenderedPrompt:
+        if isinstance(prompt, Chat):
+            prompt = " ".join(message.content for message in prompt.messages)
+        token_ids = list(range(len(prompt.split()))) if isinstance(prompt, str) else list(prompt)
+        if not token_ids:
+            raise PromptMissing(Violation("prompt", "must not be empty"))
+        return RenderedPrompt(None, token_ids, 0.0)
+
+    async def decode_each(self, token_ids: Sequence[int]) -> list[str]:
+        return [f"{token_id} " for token_id in token_ids]
+
+    async def generate(
+        self, request: GenerationRequest, prompt: RenderedPrompt, version: ServedVersion | None
+    ) -> AsyncGenerator[Output, None]:
+        count = int(request.sampling.get("max_tokens", 16))
+        self.running.add(request.request_id)
+        finished = False
+        try:
+            gathered: list[int] = []
+            for token_id in range(count):
+                await asyncio.sleep(self._script.token_interval_s)
+                if token_id == self._script.dies_after_tokens:
+                    raise ShardUnavailable(self._name)
+                gathered.append(token_id)
+                finished = token_id == count - 1
+                if request.stream or finished:
+                    yield self._output(gathered, finished, len(prompt.token_ids))
+                    gathered = []
+        finally:
+            self.running.discard(request.request_id)
+            if not finished:
+                self.aborted.append(request.request_id)
+
+    def _output(self, token_ids: list[int], finished: bool, prompt_tokens: int) -> Output:
+        text = "".join(f"{token_id} " for token_id in token_ids)
+        reason = FinishReason.LENGTH if finished else None
+        return Output(
+            deltas=[Delta(0, text, token_ids, finish_reason=reason)],
+            finished=finished,
+            prompt_tokens=prompt_tokens,
+            cached_tokens=0,
+        )

@@ -1,0 +1,369 @@
+"""A shard: one engine core as one process drives it.
+
+`Shard` is the seam that the pool and the edge see; `VllmShard` is vLLM's AsyncLLM behind it;
+`engine/fake.py` is an honest fake for load and fault tests.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import uuid
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from engine.errors import (
+    GenerationFailed,
+    InvalidRequest,
+    InvalidStructuredOutput,
+    ShardUnavailable,
+    Violation,
+)
+from engine.generation import (
+    Delta,
+    FinishReason,
+    GenerationRequest,
+    Output,
+    PositionLogprobs,
+    Prompt,
+    ServedVersion,
+    TokenLogprob,
+)
+from engine.rendering import PromptRenderer, RenderedPrompt
+from engine.sampling import build_params
+
+if TYPE_CHECKING:
+    from vllm.logprobs import Logprob
+    from vllm.lora.request import LoRARequest
+    from vllm.outputs import CompletionOutput, RequestOutput
+    from vllm.sampling_params import SamplingParams
+    from vllm.v1.engine import EngineCoreRequest
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    from engine.core import ClientSlot
+
+UTILITY_TIMEOUT_S = 60.0
+"""Deadline of add_lora and other calls into a core. vLLM itself would wait for ever for one
+that died (vllm/v1/engine/core_client.py:1279)."""
+
+
+class Shard(Protocol):
+    """One engine, as seen by whoever sends it requests."""
+
+    @property
+    def name(self) -> str:
+        """Stable name, for example `shard-0`."""
+
+    async def render(self, prompt: Prompt) -> RenderedPrompt:
+        """Token ids of a prompt. Raises InvalidRequest or ChatTemplateMissing."""
+
+    def generate(
+        self, request: GenerationRequest, prompt: RenderedPrompt, version: ServedVersion | None
+    ) -> AsyncGenerator[Output, None]:
+        """Outputs of one request until it is finished; None is the base model.
+
+        Open it with `contextlib.aclosing`: leaving early aborts the request in the engine.
+        Raises InvalidRequest, GenerationFailed or ShardUnavailable.
+        """
+
+    async def decode_each(self, token_ids: Sequence[int]) -> list[str]:
+        """The text of each token by itself."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """What a shard serves, for GetModel."""
+
+    dtype: str
+    quantization: str
+    architecture: str
+    vocab_size: int
+    max_model_len: int
+    chat_template: str
+    engine_version: str
+
+
+class VllmShard:
+    """A shard over vLLM's AsyncLLM, attached to a running core through a client slot."""
+
+    def __init__(self, engine: AsyncLLM, name: str) -> None:
+        self._engine = engine
+        self._name = name
+        self._renderer = PromptRenderer(engine.renderer, engine.vllm_config)
+        self._max_model_len = int(engine.model_config.max_model_len)
+
+    @classmethod
+    def attach(cls, slot: ClientSlot) -> VllmShard:
+        """Drive the core of this slot. Takes milliseconds once the core is ready.
+
+        To be called on the event loop that will use it. Raises TimeoutError if the core
+        does not greet the slot.
+        """
+        from vllm.v1.engine.async_llm import AsyncLLM
+        from vllm.v1.executor import Executor
+
+        from engine.stats import shard_stat_logger
+
+        engine = AsyncLLM(
+            slot.config,
+            Executor.get_class(slot.config),
+            log_stats=False,  # no default loggers; ours below turns statistics on
+            log_requests=False,
+            stat_loggers=[shard_stat_logger(slot.shard)],
+            client_addresses=slot.client_addresses(),
+            client_count=slot.count,
+            client_index=slot.index,
+        )
+        return cls(engine, slot.shard)
+
+    @property
+    def name(self) -> str:
+        return self._name
+
+    @property
+    def info(self) -> ModelInfo:
+        """What is served."""
+        from vllm.version import __version__
+
+        model = self._engine.model_config
+        return ModelInfo(
+            dtype=str(model.dtype).removeprefix("torch."),
+            quantization=str(model.quantization or ""),
+            architecture=str(model.architecture),
+            vocab_size=int(model.get_vocab_size()),
+            max_model_len=self._max_model_len,
+            chat_template=self._renderer.chat_template,
+            engine_version=__version__,
+        )
+
+    async def render(self, prompt: Prompt) -> RenderedPrompt:
+        return await self._renderer.render(prompt)
+
+    async def decode_each(self, token_ids: Sequence[int]) -> list[str]:
+        return await self._renderer.decode_each(token_ids)
+
+    async def generate(
+        self, request: GenerationRequest, prompt: RenderedPrompt, version: ServedVersion | None
+    ) -> AsyncGenerator[Output, None]:
+        from vllm.exceptions import VLLMClientError
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        finished = False
+        try:
+            params = build_params(
+                request.sampling,
+                stream=request.stream,
+                tokens_per_delta=request.tokens_per_delta,
+                room_tokens=self._max_model_len - len(prompt.token_ids),
+            )
+            if request.cache_salt:
+                prompt.engine_input["cache_salt"] = request.cache_salt
+            lora = _lora_request(version)
+            # 1. The request goes to the core; its outputs come through this collector.
+            collector = await self._engine.add_request(
+                request.request_id,
+                await self._checked_input(request, prompt, params, lora),
+                params,
+                lora_request=lora,
+                trace_headers=request.trace_headers,
+            )
+            # 2. Take what is there without a task switch, else wait. What piles up while the
+            #    caller is busy writing, vLLM merges into one output (output_processor.py:69).
+            while not finished:
+                output = collector.get_nowait() or await collector.get()
+                finished = output.finished
+                yield self._output(output, request.sampling)  # type: ignore[arg-type]  # never a pooling output
+        except VLLMClientError as error:
+            finished = True  # refused before it reached the core
+            raise _invalid_request(error) from error
+        except EngineDeadError as error:
+            finished = True  # nothing is left to abort
+            raise ShardUnavailable(self._name) from error
+        finally:
+            # 3. Left early: cancelled, out of time, or the caller is gone. Abort by our own id,
+            #    which holds even if the cancellation came while the request was being added.
+            if not finished:
+                await asyncio.shield(self._abort(request.request_id))
+
+    async def _checked_input(
+        self,
+        request: GenerationRequest,
+        prompt: RenderedPrompt,
+        params: SamplingParams,
+        lora: LoRARequest | None,
+    ) -> Any:
+        """What to hand to `add_request`: the rendered prompt, or for structured output a
+        request that vLLM has checked in a thread.
+
+        `add_request` compiles the grammar to check it, and would do so on the event loop: a
+        hostile regular expression stops every stream for its 5 s limit (async_llm.py:472).
+        """
+        if params.structured_outputs is None:
+            return prompt.engine_input
+        from vllm.exceptions import VLLMValidationError
+
+        process: Any = self._engine.input_processor.process_inputs_async
+        try:
+            checked: EngineCoreRequest = await process(
+                request.request_id,
+                prompt.engine_input,
+                params,
+                supported_tasks=await self._engine.get_supported_tasks(),
+                lora_request=lora,
+                trace_headers=request.trace_headers,
+            )
+        except (VLLMValidationError, ValueError) as error:
+            if getattr(error, "parameter", None) not in (None, "structured_outputs"):
+                raise
+            raise InvalidStructuredOutput(
+                Violation("sampling.structured_outputs", f"cannot be used: {str(error)[:500]}")
+            ) from error
+        return checked
+
+    async def _abort(self, request_id: str) -> None:
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        with contextlib.suppress(EngineDeadError):
+            await self._engine.abort(request_id)
+
+    def _output(self, output: RequestOutput, sampling: Mapping[str, Any]) -> Output:
+        metrics = output.metrics
+        scored = sampling.get("logprob_token_ids") or sampling.get("logprobs", 0)
+        asked_of_prompt = sampling.get("prompt_logprobs", 0)
+        return Output(
+            deltas=[self._delta(completion, scored) for completion in output.outputs],
+            finished=output.finished,
+            prompt_tokens=len(output.prompt_token_ids or ()),
+            cached_tokens=output.num_cached_tokens or 0,
+            queue_s=max(0.0, metrics.scheduled_ts - metrics.queued_ts) if metrics else 0.0,
+            decode_s=metrics.last_token_ts - metrics.first_token_ts if metrics else 0.0,
+            prompt_logprobs=[
+                _position(entry, None, asked_of_prompt) for entry in output.prompt_logprobs or ()
+            ],
+        )
+
+    def _delta(self, completion: CompletionOutput, asked: int | Sequence[int]) -> Delta:
+        token_ids = completion.token_ids
+        logprobs = None
+        if completion.logprobs is not None:
+            logprobs = [
+                _position(entry, token_id, asked)
+                for entry, token_id in zip(completion.logprobs, token_ids, strict=True)
+            ]
+        return Delta(
+            index=completion.index,
+            text=completion.text,
+            token_ids=token_ids,
+            logprobs=logprobs,
+            finish_reason=self._finish_reason(completion.finish_reason),
+            stop=completion.stop_reason,
+        )
+
+    def _finish_reason(self, reason: str | None) -> FinishReason | None:
+        """An abort that we did not ask for, or an error, is no way to finish."""
+        if reason is None:
+            return None
+        if reason == "abort":
+            raise ShardUnavailable(self._name)
+        if reason == "error":
+            raise GenerationFailed("the engine reported an error for this request")
+        return FinishReason(reason)
+
+    async def warm_up(self) -> None:
+        """Generate one token, so that the first caller does not pay for first times."""
+        request = GenerationRequest(
+            request_id=f"warm-up-{uuid.uuid4().hex}",
+            prompt="warm up",
+            sampling={"max_tokens": 1, "temperature": 0.0},
+            stream=True,
+        )
+        prompt = await self.render(request.prompt)
+        async with contextlib.aclosing(self.generate(request, prompt, None)) as outputs:
+            async for _ in outputs:
+                pass
+
+    async def load(self, version: ServedVersion) -> None:
+        """Load an adapter into the engine. Only then may `generate` name it.
+
+        After a failure the engine forgets the id, because half of it may be in place
+        (reliability.md 0.3); a retry needs a new one. Raises GenerationFailed with vLLM's
+        words, or ShardUnavailable after UTILITY_TIMEOUT_S.
+        """
+        lora = _lora_request(version)
+        assert lora is not None
+        try:
+            await asyncio.wait_for(self._engine.add_lora(lora), UTILITY_TIMEOUT_S)
+        except TimeoutError as error:
+            raise ShardUnavailable(self._name) from error
+        except Exception as error:  # the type is lost on the way from the core (core.py:1736)
+            with contextlib.suppress(Exception):
+                await self.unload(version)
+            raise GenerationFailed(str(error)) from error
+
+    async def unload(self, version: ServedVersion) -> None:
+        """Remove an adapter from the engine. Nothing may be running on it."""
+        await asyncio.wait_for(self._engine.remove_lora(version.lora_int_id), UTILITY_TIMEOUT_S)
+
+    async def call_core(self, utility: str, *arguments: int) -> Any:
+        """Call a utility of `engine/core_plugin.py` in the core."""
+        call = self._engine.engine_core.call_utility_async(utility, *arguments)
+        return await asyncio.wait_for(call, UTILITY_TIMEOUT_S)
+
+    def declare_dead(self) -> None:
+        """End every request with ShardUnavailable, because the core is known to be dead.
+
+        An attached client cannot see that by itself: only the core's parent can.
+        """
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        self._engine.engine_core.resources.engine_dead = True  # type: ignore[attr-defined]
+        self._engine.output_processor.propagate_error(EngineDeadError())
+
+    def close(self) -> None:
+        """Let go of the core, which runs on. Blocks for a moment; safe to call twice."""
+        self._engine.shutdown(timeout=0)
+
+
+def preload() -> None:
+    """Import what `VllmShard.attach` needs, which takes seconds, ahead of its time."""
+    import vllm.lora.request
+    import vllm.sampling_params
+    import vllm.v1.engine.async_llm
+    import vllm.v1.executor
+
+    import engine.stats  # noqa: F401
+
+
+def _lora_request(version: ServedVersion | None) -> LoRARequest | None:
+    if version is None:
+        return None
+    from vllm.lora.request import LoRARequest
+
+    return LoRARequest(version.lora_name, version.lora_int_id, version.path)
+
+
+def _position(
+    entry: Mapping[int, Logprob] | None, chosen_id: int | None, asked: int | Sequence[int]
+) -> PositionLogprobs:
+    """One position. vLLM gives the chosen token first, then those that were asked for:
+    either that many of the likeliest, or certain ids."""
+    if not entry:
+        return PositionLogprobs(None, ())
+    tokens = {
+        token_id: TokenLogprob(token_id, lp.logprob, lp.rank or 0, lp.decoded_token or "")
+        for token_id, lp in entry.items()
+    }
+    chosen = tokens[next(iter(tokens)) if chosen_id is None else chosen_id]
+    if isinstance(asked, int):
+        top = [token for token in tokens.values() if token.rank <= asked]
+    else:
+        top = [tokens[token_id] for token_id in asked if token_id in tokens]
+    return PositionLogprobs(chosen, sorted(top, key=lambda token: -token.logprob))
+
+
+def _invalid_request(error: Exception) -> InvalidRequest:
+    """vLLM's refusal, under the field that it names."""
+    field = getattr(error, "parameter", None)
+    text = str(error.args[0]) if error.args else str(error)
+    return InvalidRequest(Violation(f"sampling.{field}" if field else "sampling", text))

@@ -1,0 +1,1 @@
+"""The gRPC edge: knows protobuf and grpc, knows neither torch nor vLLM."""

@@ -1,0 +1,90 @@
+"""Who may start work, and how running work is ended from outside."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from gateway.call import Call
+
+MAX_CONCURRENT_REQUESTS = 1024
+"""Generation requests that one worker admits; the engine queues what it cannot run yet.
+Beyond this, waiting costs memory and everyone's latency, and a refusal is kinder."""
+RETRY_DELAY_S = 1.0
+"""What RetryInfo advises while draining or overloaded."""
+
+
+class Overloaded(Exception):
+    """The worker holds as many requests as it admits."""
+
+    def __init__(self, limit: int) -> None:
+        super().__init__(f"the gateway holds {limit} requests, its limit; retry later")
+        self.limit = limit
+
+
+class Draining(Exception):
+    """The server is shutting down: no new calls, and at the end of its grace no running ones."""
+
+    def __init__(self) -> None:
+        super().__init__("the server is shutting down; retry, on another connection")
+
+
+class Admission:
+    """The calls of one worker: open or closed, how many, and a way to end them all."""
+
+    def __init__(self, limit: int = MAX_CONCURRENT_REQUESTS) -> None:
+        self.limit = limit
+        self.generating = 0
+        """Generation requests that are admitted and not done."""
+        self._calls: set[Call] = set()
+        self._closed_by: Exception | None = None
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    @property
+    def calls(self) -> frozenset[Call]:
+        """The calls that run now."""
+        return frozenset(self._calls)
+
+    @contextmanager
+    def track(self, call: Call) -> Iterator[None]:
+        """Count a call while it runs. Raises Draining, or why else the worker was closed."""
+        if self._closed_by is not None:
+            raise self._closed_by
+        self._calls.add(call)
+        self._idle.clear()
+        try:
+            yield
+        finally:
+            self._calls.discard(call)
+            if not self._calls:
+                self._idle.set()
+
+    @contextmanager
+    def slot(self) -> Iterator[None]:
+        """Hold one place for generation. Raises Overloaded when all are taken."""
+        if self.generating >= self.limit:
+            raise Overloaded(self.limit)
+        self.generating += 1
+        try:
+            yield
+        finally:
+            self.generating -= 1
+
+    def close(self, reason: Exception) -> None:
+        """Refuse new calls with `reason`; running ones go on."""
+        self._closed_by = reason
+
+    async def wait_idle(self, timeout_s: float) -> bool:
+        """Wait until no call runs. False if some still do after `timeout_s`."""
+        try:
+            await asyncio.wait_for(self._idle.wait(), timeout_s)
+        except TimeoutError:
+            return False
+        return True
+
+    def cut_all(self, reason: Exception) -> None:
+        """End every running call with `reason`."""
+        for call in self.calls:
+            call.cut(reason)

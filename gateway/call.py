@@ -1,0 +1,72 @@
+"""One RPC while it runs: who, which, since when, and what is known of it so far.
+
+The edge (`gateway/wrap.py`) opens a Call for every RPC and keeps it in a context variable;
+the servicer fills in what it learns; metrics, traces and errors read it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+
+BASE_MODEL_LABEL = "(base)"
+"""Stands for the base model where adapters are named; no adapter can be called that."""
+
+
+@dataclass(frozen=True, slots=True)
+class Principal:
+    """Who calls. One tenant for all until there is authentication."""
+
+    tenant: str = "default"
+
+
+@dataclass(slots=True, eq=False)
+class Call:
+    """The state of one RPC."""
+
+    method: str
+    """Bare method name, for example `GenerateStream`."""
+    principal: Principal = field(default_factory=Principal)
+    request_id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    started_s: float = field(default_factory=time.monotonic)
+    task: asyncio.Task[object] | None = field(default_factory=asyncio.current_task)
+    trace_headers: Mapping[str, str] | None = None
+    """W3C trace context of this call's span; None when tracing is off."""
+
+    adapter: str | None = None
+    """Name of the adapter once resolved, `(base)` for the base model; None: not resolved."""
+    version: int = 0
+    shard: str = ""
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+    """Tokens generated so far; on a stream, those handed to the writer."""
+    first_token_s: float | None = None
+    last_token_s: float | None = None
+    writing_since_s: float | None = None
+    """Since when a write waits for the client to read; None when none does."""
+    cut_by: Exception | None = None
+    """Set when the server itself ends the call before its time; the reason."""
+
+    def cut(self, reason: Exception) -> None:
+        """End this call from outside with `reason` as its error."""
+        if self.cut_by is None and self.task is not None:
+            self.cut_by = reason
+            self.task.cancel()
+
+
+_CURRENT: ContextVar[Call] = ContextVar("call")
+
+
+def current_call() -> Call:
+    """The call that this task serves. Raises LookupError outside of one."""
+    return _CURRENT.get()
+
+
+def set_current_call(call: Call) -> None:
+    """Make `call` the current one of this task. For the edge alone."""
+    _CURRENT.set(call)

@@ -1,0 +1,53 @@
+"""`grpc.health.v1` whose watchers end when the server drains."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Sequence
+
+import grpc
+from grpc_health.v1 import health_pb2
+from grpc_health.v1.health import aio as health_aio
+
+SERVING = health_pb2.HealthCheckResponse.SERVING
+NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+
+
+class Health(health_aio.HealthServicer):
+    """Overall and per-service health: NOT_SERVING until told otherwise.
+
+    The stock `Watch` never returns, and `server.stop(grace)` waits for every RPC: one
+    watcher would use up the whole grace. This one ends after it has told NOT_SERVING.
+    """
+
+    def __init__(self, services: Sequence[str]) -> None:
+        super().__init__()
+        self._services = ("", *services)
+        self._server_status = dict.fromkeys(self._services, NOT_SERVING)
+        self._draining = asyncio.Event()
+
+    async def Watch(
+        self, request: health_pb2.HealthCheckRequest, context: grpc.aio.ServicerContext
+    ) -> None:
+        watching = asyncio.ensure_future(super().Watch(request, context))
+        draining = asyncio.ensure_future(self._draining.wait())
+        try:
+            await asyncio.wait({watching, draining}, return_when=asyncio.FIRST_COMPLETED)
+            if self._draining.is_set():
+                await asyncio.sleep(0)  # the watcher, woken first, writes NOT_SERVING
+        finally:
+            for task in (watching, draining):
+                task.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await task
+
+    async def serving(self) -> None:
+        """Announce that calls are answered now."""
+        for service in self._services:
+            await self.set(service, SERVING)
+
+    async def drain(self) -> None:
+        """Announce NOT_SERVING for good, and end the watchers."""
+        await self.enter_graceful_shutdown()
+        self._draining.set()

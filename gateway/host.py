@@ -1,0 +1,239 @@
+"""The host: the control plane of one gateway. No token passes through it.
+
+    state folder locked, port held -> core started -> adapters loaded -> workers serve
+    SIGTERM or SIGINT -> workers drain -> core stops -> exit 0
+
+It starts and watches every other process, is the only writer of the database, and is itself
+a client of the core.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import multiprocessing
+import os
+import signal
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+from engine.base_model import ModelFingerprints, base_model_shapes, fingerprints
+from engine.catalog import AdapterCatalog
+from engine.core import ClientSlot, EngineCore, EngineOptions
+from engine.errors import CoreFailed
+from engine.models import resolve_model
+from engine.shard import VllmShard
+from gateway import metrics
+from gateway.call import Principal
+from gateway.channel import Serve, ShardDied
+from gateway.metrics import MetricsEndpoint
+from gateway.port import HeldPort, PortTaken
+from gateway.settings import Settings
+from gateway.workers import WorkerFleet, WorkerProcess
+from store.artifacts import ArtifactStore
+from store.registry import Registry
+from store.state_folder import StateFolder
+
+logger = logging.getLogger(__name__)
+
+SHARD_NAME = "shard-0"
+LATE_MESSAGES_S = 1.0
+"""How long after a worker's death the core may still read messages that it had sent."""
+CORE_DEATH_GRACE_S = 2.0
+"""How long workers get to tell their clients that the core is gone."""
+
+T = TypeVar("T")
+
+
+class Stopped(Exception):
+    """A signal asked the gateway to end."""
+
+
+class Host:
+    """One gateway from start to exit. `run` owns all that it starts, and ends it."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._stop = asyncio.Event()
+        self._watchers: list[asyncio.Future[Any]] = []
+        self._owned = contextlib.AsyncExitStack()
+        self._core: EngineCore | None = None
+        self._shard: VllmShard | None = None
+        self._fleet: WorkerFleet | None = None
+        self._fleet_task: asyncio.Task[None] | None = None
+
+    async def run(self) -> int:
+        """Serve until a signal ends it (0) or the core dies (1): the exit code.
+
+        Raises the typed error of whatever cannot start.
+        """
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._stop.set)
+        self._watch(self._stopped())
+        async with self._owned:
+            self._owned.push_async_callback(self._end_children)
+            try:
+                await self._unless_ended(self._start())
+                await self._unless_ended(asyncio.Event().wait())
+            except Stopped:
+                logger.info("draining for at most %g s", self._settings.drain_grace_s)
+                await self._drain(self._settings.drain_delay_s, self._settings.drain_grace_s)
+            except CoreFailed:
+                if self._fleet is not None:
+                    self._fleet.tell(ShardDied(SHARD_NAME))
+                    await self._drain(0.0, CORE_DEATH_GRACE_S)
+                raise
+        return 0
+
+    async def _start(self) -> None:
+        """Everything up to SERVING, in the order in which it can fail cheaply."""
+        settings = self._settings
+        state = self._owned.enter_context(StateFolder(settings.state_dir))
+        port = HeldPort(settings.listen)
+        self._owned.callback(port.close)
+        endpoint = _open_metrics(settings)
+        self._owned.callback(endpoint.close)
+
+        model_path = await asyncio.to_thread(resolve_model, settings.model, state.path)
+        prints = await asyncio.to_thread(fingerprints, model_path)
+        registry = Registry(state.path / "registry.sqlite")
+        await self._owned.enter_async_context(registry)
+
+        # Workers import while the core loads: both take seconds.
+        self._fleet = fleet = WorkerFleet(
+            settings.workers,
+            lambda: self._orders(port.address, prints),
+            lambda worker: self._after_death(worker, endpoint),
+        )
+        self._fleet_task = self._watch(fleet.run())
+
+        self._core = core = await EngineCore.start(SHARD_NAME, _engine_options(settings, model_path))
+        self._watch(_core_end(core))
+        self._shard = shard = VllmShard.attach(core.take_slot())
+        await shard.call_core("gateway_adopt", os.getpid())
+        await shard.warm_up()
+
+        shapes = await asyncio.to_thread(base_model_shapes, model_path)
+        self._catalog = AdapterCatalog(
+            ArtifactStore(state.path), registry, shard, shapes, int(settings.max_lora_rank)
+        )
+        for adapter, source in settings.adapter.items():
+            version = await self._catalog.add(Principal().tenant, adapter, source)
+            metrics.adapter_state.labels(adapter, str(version.version), "READY").set(1)
+
+        fleet.open()
+        await fleet.wait_serving()
+        print(
+            f"lora-gateway SERVING on {port.address}: {self._description()}; "
+            f"metrics http://{endpoint.address}/metrics",
+            flush=True,
+        )
+
+    def _orders(self, listen: str, prints: ModelFingerprints) -> Serve:
+        """What a new worker needs, with a fresh slot on the core."""
+        assert self._core is not None
+        slot = self._core.take_slot()
+        metrics.client_slots_left.labels(SHARD_NAME).set(self._core.slots_left)
+        return Serve([slot], listen, self._settings, prints, self._catalog.view())
+
+    async def _after_death(self, worker: WorkerProcess, endpoint: MetricsEndpoint) -> None:
+        """Clean up after a worker that died: nobody reads what it left in the core."""
+        endpoint.forget_process(worker.pid)
+        for slot in worker.slots:
+            aborted = await self._abort_client(slot)
+            await asyncio.sleep(LATE_MESSAGES_S)
+            aborted += await self._abort_client(slot)
+            logger.info("aborted %d requests of worker %d", aborted, worker.pid)
+
+    async def _abort_client(self, slot: ClientSlot) -> int:
+        assert self._shard is not None
+        return int(await self._shard.call_core("gateway_abort_client", slot.index))
+
+    def _description(self) -> str:
+        adapters = [
+            f"{name}@{served.default_version}"
+            for name, served in self._catalog.view().adapters.items()
+        ]
+        return f"{self._settings.model}, adapters: {', '.join(adapters) or 'none'}"
+
+    async def _drain(self, delay_s: float, grace_s: float) -> None:
+        """End the workers in order, if there are any."""
+        if self._fleet is not None:
+            await self._fleet.drain(delay_s, grace_s)
+
+    async def _end_children(self) -> None:
+        """End every process that is left: the core in order, whatever else at once."""
+        for watcher in self._watchers:
+            watcher.cancel()
+        if self._fleet is not None:
+            self._fleet.kill()
+        if self._core is not None and self._shard is not None:
+            shard = self._shard
+            await self._core.stop(lambda: shard.call_core("gateway_stop"))
+            shard.close()
+        for child in multiprocessing.active_children():
+            child.kill()
+        await asyncio.gather(*self._watchers, return_exceptions=True)
+
+    def _watch(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        """Run beside everything; its end, or its error, ends the gateway."""
+        task = asyncio.create_task(work)
+        self._watchers.append(task)
+        return task
+
+    async def _unless_ended(self, work: Coroutine[Any, Any, T]) -> T:
+        """The result of `work`, unless a watcher ends first: then the watcher's error."""
+        task = asyncio.ensure_future(work)
+        while not task.done():
+            await asyncio.wait({task, *self._watchers}, return_when=asyncio.FIRST_COMPLETED)
+            ended = [watcher for watcher in self._watchers if watcher.done()]
+            if ended and not task.done():
+                for child in multiprocessing.active_children() if self._core is None else ():
+                    child.kill()  # a core that loads in a thread cannot be cancelled otherwise
+                task.cancel()
+                await asyncio.wait({task})
+                ended[0].result()
+        return task.result()
+
+    async def _stopped(self) -> None:
+        await self._stop.wait()
+        raise Stopped
+
+
+async def _core_end(core: EngineCore) -> None:
+    """Wait for the core to end by itself, and say how it did."""
+    ended = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for sentinel in core.sentinels:
+        loop.add_reader(sentinel, ended.set)
+    try:
+        await ended.wait()
+    finally:
+        for sentinel in core.sentinels:
+            loop.remove_reader(sentinel)
+    raise CoreFailed(f"{core.name} ended: {core.exit_reason()}; the gateway ends with it")
+
+
+def _engine_options(settings: Settings, model_path: Any) -> EngineOptions:
+    return EngineOptions(
+        model_path=model_path,
+        served_model_name=settings.model,
+        dtype=settings.dtype,
+        quantization=settings.quantization,
+        max_model_len=settings.max_model_len,
+        max_num_seqs=settings.max_num_seqs,
+        gpu_memory_utilization=settings.gpu_memory_utilization,
+        max_loras=settings.max_loras,
+        max_cpu_loras=settings.max_cpu_loras,
+        max_lora_rank=int(settings.max_lora_rank),
+        otlp_endpoint=settings.otlp_endpoint,
+    )
+
+
+def _open_metrics(settings: Settings) -> MetricsEndpoint:
+    try:
+        return MetricsEndpoint(settings.metrics_listen)
+    except OSError as error:
+        raise PortTaken(settings.metrics_listen, error, "--metrics-listen") from None

@@ -1,0 +1,113 @@
+"""The gateway's own metrics, summed over its processes.
+
+prometheus_client's multiprocess mode: each process writes to files of a folder that
+`prepare_environment` named, and the host's endpoint adds them up. Labels hold names of
+served adapters only, so a caller cannot make series by asking for others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from threading import Thread
+from wsgiref.simple_server import WSGIServer
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
+
+from engine.core import LATENCY_BUCKETS_S
+from gateway.call import Call
+
+UNRESOLVED_LABEL = "(none)"
+"""Label of calls that failed before an adapter was found, and of those that need none."""
+
+_requests = Counter(
+    "llm_adapter_requests",
+    "Calls that ended, by method, adapter and status code.",
+    ["method", "adapter", "code"],
+)
+_latency = Histogram(
+    "llm_adapter_latency_seconds",
+    "ttft: arrival to first token. itl: between deltas of a stream. e2e: arrival to end, OK only.",
+    ["adapter", "stage"],
+    buckets=LATENCY_BUCKETS_S,
+)
+_tokens = Counter(
+    "llm_adapter_tokens",
+    "Tokens of ended calls: prompt, completion, cached (part of prompt).",
+    ["adapter", "kind"],
+)
+inflight = Gauge(
+    "gateway_inflight_calls", "Calls that run now.", multiprocess_mode="livesum"
+)
+stalled_streams = Gauge(
+    "gateway_stalled_streams",
+    "Streams whose write has waited over a second for the client to read.",
+    multiprocess_mode="livesum",
+)
+loop_lag = Gauge(
+    "gateway_event_loop_lag_seconds",
+    "How late the event loop woke a timer, worst of the last second.",
+    multiprocess_mode="livemax",
+)
+workers = Gauge("gateway_workers", "Worker processes by state.", ["state"], multiprocess_mode="livemax")
+worker_deaths = Counter("gateway_worker_deaths", "Workers that ended unasked.")
+client_slots_left = Gauge(
+    "gateway_client_slots_left",
+    "Fresh client slots of an engine core; each new worker takes one.",
+    ["shard"],
+    multiprocess_mode="livemax",
+)
+adapter_state = Gauge(
+    "adapter_state",
+    "1 for each adapter version that is served.",
+    ["adapter", "version", "state"],
+    multiprocess_mode="livemax",
+)
+
+
+def itl_observer(adapter: str) -> Callable[[float], None]:
+    """Observe inter-token latencies of one stream, in seconds. Looked up once per stream."""
+    return _latency.labels(adapter, "itl").observe  # type: ignore[no-any-return]
+
+
+def record(call: Call, code: str, end_s: float) -> None:
+    """Count one call that ended at `end_s` on the monotonic clock."""
+    adapter = call.adapter or UNRESOLVED_LABEL
+    _requests.labels(call.method, adapter, code).inc()
+    if call.first_token_s is not None:
+        _latency.labels(adapter, "ttft").observe(call.first_token_s - call.started_s)
+        _tokens.labels(adapter, "prompt").inc(call.prompt_tokens)
+        _tokens.labels(adapter, "completion").inc(call.completion_tokens)
+        _tokens.labels(adapter, "cached").inc(call.cached_tokens)
+    if code == "OK":
+        _latency.labels(adapter, "e2e").observe(end_s - call.started_s)
+
+
+class MetricsEndpoint:
+    """`/metrics` over HTTP for all processes of this gateway. Owned by the host."""
+
+    def __init__(self, address: str) -> None:
+        """Listen on `HOST:PORT`. Raises OSError if it is taken."""
+        self._host, _, port = address.rpartition(":")
+        registry = CollectorRegistry()
+        MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
+        self._server: WSGIServer
+        self._thread: Thread
+        self._server, self._thread = start_http_server(
+            int(port), self._host.strip("[]"), registry
+        )
+
+    @property
+    def address(self) -> str:
+        """`HOST:PORT` with the port in use, when 0 was asked for."""
+        return f"{self._host}:{self._server.server_port}"
+
+    def forget_process(self, pid: int) -> None:
+        """Drop the gauges of a process that is gone; its counters stay."""
+        mark_process_dead(pid)  # type: ignore[no-untyped-call]
+
+    def close(self) -> None:
+        """Stop listening."""
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()

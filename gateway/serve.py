@@ -1,0 +1,56 @@
+"""`gateway serve`: the composition root, from flags to an exit code."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from gateway.settings import Settings, SettingsError, configure_logging, prepare_environment
+
+
+def main(argv: Sequence[str]) -> int:
+    """Serve until a signal; returns the exit code. What is wrong is one line on stderr."""
+    try:
+        settings = Settings.from_argv(argv)
+    except SettingsError as error:
+        return _refuse(error)
+    metrics_dir = Path(tempfile.mkdtemp(prefix="lora-gateway-metrics-"))
+    try:
+        # prometheus_client and vLLM read the environment when they are imported, so
+        # everything below is imported only now.
+        prepare_environment(settings, metrics_dir)
+        configure_logging()
+        return _run(settings)
+    finally:
+        shutil.rmtree(metrics_dir, ignore_errors=True)
+
+
+def _run(settings: Settings) -> int:
+    import uvloop
+
+    from engine.errors import EngineError
+    from gateway.host import Host
+    from gateway.port import PortTaken
+    from gateway.workers import WorkerFailed
+    from store.artifacts import ArtifactDamaged
+    from store.registry import RegistryUnusable
+    from store.state_folder import StateFolderUnusable
+
+    async def run() -> int:
+        return await Host(settings).run()
+
+    try:
+        return uvloop.run(run())
+    except (
+        *(EngineError, PortTaken, WorkerFailed),
+        *(StateFolderUnusable, RegistryUnusable, ArtifactDamaged),
+    ) as error:
+        return _refuse(error)
+
+
+def _refuse(error: Exception) -> int:
+    print(f"gateway serve: {error}", file=sys.stderr, flush=True)
+    return 1

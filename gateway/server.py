@@ -1,0 +1,118 @@
+"""The gRPC server of one worker: options, TLS, services, reflection."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health_pb2
+from grpc_health.v1.health_pb2_grpc import add_HealthServicer_to_server
+from grpc_reflection.v1alpha import reflection, reflection_pb2
+from grpc_reflection.v1alpha.reflection import aio as reflection_aio
+from grpc_reflection.v1alpha.reflection_pb2_grpc import add_ServerReflectionServicer_to_server
+
+from gateway.health import Health
+from gateway.settings import Settings
+from gateway.wrap import Edge, EdgeInterceptor
+from lora_gateway.v1 import inference_pb2
+from lora_gateway.v1.inference_pb2_grpc import InferenceServicer, add_InferenceServicer_to_server
+
+MAX_MESSAGE_BYTES = 8 * 1024 * 1024
+"""Largest message either way. Parsing runs on the event loop, so this bounds how long one
+caller can hold it; datasets and adapters are streamed."""
+INFERENCE = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
+SERVICES = (INFERENCE,)
+"""Full names of the services that this gateway implements itself."""
+_REFLECTION_V1 = "grpc.reflection.v1.ServerReflection"
+
+OPTIONS: tuple[tuple[str, int], ...] = (
+    # Unknown keys are ignored in silence; tests/gateway/test_server.py looks each one up in
+    # the installed binary.
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    # Prompt log probabilities are the only large answer.
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    # Long metadata is memory per call before any check of ours.
+    ("grpc.max_metadata_size", 16 * 1024),
+    # Notice clients that vanished without a FIN, and free their KV cache.
+    ("grpc.keepalive_time_ms", 60_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
+    # Clients ping while a long prompt is prefilled in silence; the default of one ping per
+    # 300 s answers the third with GOAWAY too_many_pings (vllm#55102).
+    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    # One connection cannot hold more than this many calls; a client opens another.
+    ("grpc.max_concurrent_streams", 1024),
+    # A connection that sends nothing must not hold a socket for ever.
+    ("grpc.server_handshake_timeout_ms", 10_000),
+    # The workers share the public port. The host holds it bound, and has probed that nobody
+    # else listens there, because the kernel would share it with them in silence.
+    ("grpc.so_reuseport", 1),
+)
+
+
+class GatewayServer:
+    """A grpc.aio server with everything on it. Owned by the worker."""
+
+    def __init__(self, edge: Edge, inference: InferenceServicer, settings: Settings) -> None:
+        self.health = Health(SERVICES)
+        self._server = grpc.aio.server(
+            interceptors=[EdgeInterceptor(edge, SERVICES)], options=list(OPTIONS)
+        )
+        add_InferenceServicer_to_server(inference, self._server)
+        add_HealthServicer_to_server(self.health, self._server)
+        if settings.reflection_on:
+            _add_reflection(self._server)
+
+    def bind(self, address: str, settings: Settings) -> int:
+        """Bind the public address; returns the port. Raises RuntimeError if that cannot be."""
+        credentials = _credentials(settings)
+        if credentials is None:
+            return self._server.add_insecure_port(address)
+        return self._server.add_secure_port(address, credentials)
+
+    async def start(self) -> None:
+        """Accept calls. Health stays NOT_SERVING until `health.serving()`."""
+        await self._server.start()
+
+    async def stop(self, grace_s: float) -> None:
+        """Stop accepting; end what still runs after `grace_s`. Safe to call twice."""
+        with contextlib.suppress(grpc.aio.UsageError):
+            await self._server.stop(grace_s)
+
+
+def _credentials(settings: Settings) -> grpc.ServerCredentials | None:
+    if settings.tls_cert is None or settings.tls_key is None:
+        return None
+    client_ca = settings.tls_client_ca
+    return grpc.ssl_server_credentials(
+        [(settings.tls_key.read_bytes(), settings.tls_cert.read_bytes())],
+        root_certificates=client_ca.read_bytes() if client_ca is not None else None,
+        require_client_auth=client_ca is not None,
+    )
+
+
+def _add_reflection(server: grpc.aio.Server) -> None:
+    """Reflection under both of its names: old tools ask v1alpha, new ones v1.
+
+    grpcio-reflection has v1alpha alone. The messages of both are the same on the wire, so
+    one servicer answers both.
+    """
+    names = (
+        *SERVICES,
+        health_pb2.DESCRIPTOR.services_by_name["Health"].full_name,
+        reflection.SERVICE_NAME,
+        _REFLECTION_V1,
+    )
+    servicer = reflection_aio.ReflectionServicer(names)
+    add_ServerReflectionServicer_to_server(servicer, server)
+    handler = grpc.stream_stream_rpc_method_handler(
+        servicer.ServerReflectionInfo,
+        request_deserializer=reflection_pb2.ServerReflectionRequest.FromString,
+        response_serializer=reflection_pb2.ServerReflectionResponse.SerializeToString,
+    )
+    handlers: Sequence[Any] = [
+        grpc.method_handlers_generic_handler(_REFLECTION_V1, {"ServerReflectionInfo": handler})
+    ]
+    server.add_generic_rpc_handlers(tuple(handlers))

@@ -1,0 +1,239 @@
+"""Settings of `gateway serve`: flags, `GATEWAY_*` variables, defaults, and what they mean.
+
+The one file that touches the process environment: `Settings.from_argv` reads it,
+`prepare_environment` writes what the libraries below want to find there.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+import os
+import re
+import sys
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import AfterValidator, Field, ValidationError, field_validator, model_validator
+from pydantic_settings import BaseSettings, CliApp, NoDecode, SettingsConfigDict
+
+ADAPTER_NAME_PATTERN = r"[a-z0-9][a-z0-9._-]{0,62}"
+MAX_N = 64
+"""Completions per request. vLLM's own limit is 16384, a denial of service in one call."""
+
+
+class SettingsError(Exception):
+    """The settings contradict themselves or each other. One line per finding."""
+
+
+def _address(value: str) -> str:
+    host, colon, port = value.rpartition(":")
+    if not colon or not host or not port.isdigit() or int(port) > 65535:
+        raise ValueError(f"{value!r} is no HOST:PORT, for example 127.0.0.1:50051")
+    return value
+
+
+Address = Annotated[str, AfterValidator(_address)]
+"""`HOST:PORT`. Port 0 takes a free one."""
+
+
+class Settings(BaseSettings):
+    """Everything that `gateway serve` can be told."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="GATEWAY_",
+        frozen=True,
+        extra="forbid",
+        cli_prog_name="gateway serve",
+        cli_kebab_case=True,
+        cli_implicit_flags=True,
+        cli_hide_none_type=True,
+        cli_avoid_json=True,
+    )
+
+    model: str = Field(
+        "smollm2-135m", description="Built-in name (tiny, smollm2-135m), folder, or hub id."
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="Type of weights and computation; auto takes the model's."
+    )
+    quantization: str | None = Field(None, description="vLLM quantization method.")
+
+    listen: Address = Field("127.0.0.1:50051", description="Public gRPC address.")
+    metrics_listen: Address = Field("127.0.0.1:9464", description="Prometheus address (HTTP).")
+    insecure: bool = Field(False, description="Allow a non-loopback address without TLS.")
+    tls_cert: Path | None = Field(None, description="Server certificate chain, PEM.")
+    tls_key: Path | None = Field(None, description="Server private key, PEM.")
+    tls_client_ca: Path | None = Field(
+        None, description="CA of client certificates, PEM; makes TLS mutual."
+    )
+    reflection: bool | None = Field(
+        None, description="gRPC reflection. Default: on for loopback, else off."
+    )
+
+    state_dir: Path = Field(Path("state"), description="State folder; one gateway at a time.")
+    adapter: Annotated[dict[str, Path], NoDecode] = Field(
+        default_factory=dict, description="NAME=PATH of an adapter to serve; repeatable."
+    )
+
+    workers: int = Field(1, ge=1, le=32, description="Processes that serve the public address.")
+    max_model_len: int = Field(2048, ge=16, description="Context in tokens, prompt and answer.")
+    max_num_seqs: int = Field(256, ge=1, le=4096, description="Completions run at once.")
+    gpu_memory_utilization: float = Field(
+        0.9, gt=0, le=1, description="Share of GPU memory that vLLM may take."
+    )
+    cpu_kv_cache_gib: int = Field(
+        1, ge=1, description="KV cache on a CPU engine, in GiB; ignored on GPUs."
+    )
+    max_loras: int = Field(8, ge=1, le=256, description="Different adapters in one batch.")
+    max_cpu_loras: int = Field(64, ge=1, description="Adapters an engine keeps in memory.")
+    max_lora_rank: Literal["1", "8", "16", "32", "64", "128", "256", "320", "512"] = Field(
+        "32", description="Highest rank an adapter may have."
+    )
+
+    default_max_tokens: int = Field(
+        512, ge=1, description="max_tokens when a request sets none; cut to the context."
+    )
+    default_temperature: float = Field(
+        0.7, ge=0, le=2, description="temperature when a request sets none."
+    )
+    default_unary_deadline_s: float = Field(
+        30.0, gt=0, description="Deadline of a unary call without one, in seconds."
+    )
+    default_stream_deadline_s: float = Field(
+        300.0, gt=0, description="Deadline of a streaming call without one, in seconds."
+    )
+
+    drain_delay_s: float = Field(
+        0.0, ge=0, description="Seconds between NOT_SERVING and refusing new calls on SIGTERM."
+    )
+    drain_grace_s: float = Field(
+        30.0, ge=0, description="Seconds that running calls get to finish on SIGTERM."
+    )
+    otlp_endpoint: str | None = Field(
+        None, description="OTLP/gRPC collector for traces, for example http://127.0.0.1:4317."
+    )
+
+    @field_validator("adapter", mode="before")
+    @classmethod
+    def _parse_adapters(cls, value: object) -> object:
+        """`NAME=PATH` entries: a list from flags, comma-separated from the environment."""
+        if isinstance(value, str):
+            value = [entry for entry in value.split(",") if entry]
+        if not isinstance(value, list):
+            return value
+        adapters: dict[str, str] = {}
+        for entry in (part for item in value for part in str(item).split(",") if part):
+            name, equals, path = entry.partition("=")
+            if not equals or not path:
+                raise ValueError(f"{entry!r} is no NAME=PATH, for example pirate=./pirate")
+            if not re.fullmatch(ADAPTER_NAME_PATTERN, name):
+                raise ValueError(f"{name!r} is no adapter name; it must match {ADAPTER_NAME_PATTERN}")
+            if name in adapters:
+                raise ValueError(f"adapter {name!r} is given twice; give each name once")
+            adapters[name] = path
+        return adapters
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ValueError("--tls-cert and --tls-key belong together; give both or none")
+        if self.tls_client_ca is not None and self.tls_cert is None:
+            raise ValueError("--tls-client-ca needs --tls-cert and --tls-key")
+        for flag, path in (
+            ("--tls-cert", self.tls_cert),
+            ("--tls-key", self.tls_key),
+            ("--tls-client-ca", self.tls_client_ca),
+        ):
+            if path is not None and not path.is_file():
+                raise ValueError(f"{flag} {path} is no file")
+        if self.tls_cert is None and not self.insecure and not is_loopback(self.listen):
+            raise ValueError(
+                f"--listen {self.listen} is open to others and has no TLS; give --tls-cert and "
+                "--tls-key, or --insecure if something in front encrypts"
+            )
+        if self.max_cpu_loras < self.max_loras:
+            raise ValueError("--max-cpu-loras must be at least --max-loras")
+        return self
+
+    @property
+    def reflection_on(self) -> bool:
+        """Whether to offer reflection: as told, else on loopback only."""
+        return is_loopback(self.listen) if self.reflection is None else self.reflection
+
+    @classmethod
+    def from_argv(cls, argv: Sequence[str]) -> Settings:
+        """Settings from flags, then environment, then defaults.
+
+        Raises SettingsError naming each flag that is wrong. Exits for `--help`, and for an
+        unknown flag, as argparse does.
+        """
+        try:
+            return CliApp.run(cls, cli_args=list(argv))
+        except ValidationError as error:
+            raise SettingsError(
+                "; ".join(_finding(list(e["loc"]), e["msg"]) for e in error.errors())
+            ) from None
+
+
+def _finding(location: Sequence[object], message: str) -> str:
+    flag = "--" + str(location[0]).replace("_", "-") + ": " if location else ""
+    return flag + message.removeprefix("Value error, ")
+
+
+def is_loopback(address: str) -> bool:
+    """Whether `HOST:PORT` can be reached from this machine alone."""
+    host = address.rpartition(":")[0].strip("[]")
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def prepare_environment(settings: Settings, metrics_dir: Path) -> None:
+    """Set what vLLM, transformers and prometheus_client read from the environment.
+
+    Called once in the host, before any of them is imported; its children inherit it. What
+    an operator has set stays, but for the two that are needed for correctness.
+    """
+    os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(metrics_dir)
+    # The default is fork, which is not safe beside grpc's threads (DESIGN section 5).
+    os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
+    for name, value in {
+        "VLLM_LOGGING_LEVEL": "ERROR",
+        "VLLM_CPU_KVCACHE_SPACE": str(settings.cpu_kv_cache_gib),
+        "VLLM_MAX_N_SEQUENCES": str(MAX_N),
+        "VLLM_NO_USAGE_STATS": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "TOKENIZERS_PARALLELISM": "false",
+    }.items():
+        os.environ.setdefault(name, value)
+    if _engine_runs_on_cpu():
+        # With LoRA vLLM compiles no model on a CPU, but a few helpers, each for seconds and
+        # some at a first request: 89 s instead of 55 s to start the tiny model (docs/benchmarks.md).
+        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+    # Plain `python` on a console script's path finds ninja and others beside it.
+    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+
+
+def _engine_runs_on_cpu() -> bool:
+    """Whether the CPU build of vLLM is the one that is installed."""
+    try:
+        distribution("vllm-cpu")
+    except PackageNotFoundError:
+        return False
+    return True
+
+
+def configure_logging() -> None:
+    """One line per event on stderr, in host and workers alike."""
+    logging.basicConfig(
+        level=logging.WARNING, format="%(asctime)s %(levelname)s %(process)d %(name)s: %(message)s"
+    )
+    for package in ("gateway", "engine", "store"):
+        logging.getLogger(package).setLevel(logging.INFO)

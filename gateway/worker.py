@@ -1,0 +1,161 @@
+"""A worker: one process that serves the public address.
+
+It is started by the host with its imports ahead of need, waits for `Serve`, attaches to the
+running cores and takes calls until the host says `Drain` or is gone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+from multiprocessing.connection import Connection
+
+import uvloop
+
+from engine.errors import ShardUnavailable
+from engine.pool import ShardPool
+from engine.shard import VllmShard, preload
+from gateway import metrics
+from gateway.admission import Admission, Draining
+from gateway.channel import (
+    Channel,
+    Drain,
+    Failed,
+    HostMessage,
+    Imported,
+    Serve,
+    Serving,
+    ShardDied,
+    ShowView,
+    WorkerMessage,
+)
+from gateway.inference import Inference
+from gateway.model_card import model_card
+from gateway.server import GatewayServer
+from gateway.settings import configure_logging
+from gateway.tracing import Tracing
+from gateway.wrap import Edge
+
+logger = logging.getLogger(__name__)
+
+HostChannel = Channel[WorkerMessage, HostMessage]
+
+STALLED_AFTER_S = 1.0
+"""A write that waits this long for its reader counts as stalled."""
+CUT_TIMEOUT_S = 5.0
+"""How long calls get to send their last status after they were cut."""
+
+
+def worker_main(connection: Connection) -> None:
+    """Entry of the process. Signals of the process group are blocked by the host."""
+    configure_logging()
+    preload()
+    uvloop.run(_run(connection))
+
+
+async def _run(connection: Connection) -> None:
+    channel: HostChannel = Channel(connection)
+    channel.send(Imported())
+    message = await channel.receive()
+    if isinstance(message, Serve):
+        try:
+            worker = Worker(message)
+            await worker.start()
+        except Exception as error:
+            logger.exception("worker could not serve")
+            channel.send(Failed(f"{type(error).__name__}: {error}"))
+            return
+        channel.send(Serving())
+        await worker.run(channel)
+    channel.close()
+
+
+class Worker:
+    """Everything that one worker owns, from attaching to its end."""
+
+    def __init__(self, serve: Serve) -> None:
+        settings = serve.settings
+        self._serve = serve
+        self._shards = [VllmShard.attach(slot) for slot in serve.slots]
+        self._pool = ShardPool(self._shards)
+        self._pool.show(serve.view)
+        self._admission = Admission()
+        self._tracing = Tracing(settings.otlp_endpoint)
+        edge = Edge(
+            self._admission,
+            self._tracing,
+            settings.default_unary_deadline_s,
+            settings.default_stream_deadline_s,
+        )
+        card = model_card(settings, self._shards[0].info, serve.fingerprints, self._admission.limit)
+        inference = Inference(self._pool, self._admission, card)
+        self._server = GatewayServer(edge, inference, settings)
+
+    async def start(self) -> None:
+        """Take calls: bind, answer health with NOT_SERVING, warm up, then SERVING."""
+        self._server.bind(self._serve.listen, self._serve.settings)
+        await self._server.start()
+        for shard in self._shards:
+            await shard.warm_up()
+        await self._server.health.serving()
+
+    async def run(self, channel: HostChannel) -> None:
+        """Follow the host until it says Drain or is gone; then end everything."""
+        watch = asyncio.create_task(self._watch())
+        try:
+            while True:
+                match await channel.receive():
+                    case ShowView(view):
+                        self._pool.show(view)
+                    case ShardDied(name):
+                        self._end_shard(name)
+                    case Drain(delay_s, grace_s):
+                        await self._drain(delay_s, grace_s)
+                        return
+                    case None:
+                        logger.error("the host is gone; worker %d ends", os.getpid())
+                        return
+        finally:
+            watch.cancel()
+            await self._close()
+
+    def _end_shard(self, name: str) -> None:
+        for shard in self._shards:
+            if shard.name == name:
+                shard.declare_dead()
+        # A call may be rendering, or blocked in a write: it does not see its engine's end.
+        for call in self._admission.calls:
+            if call.shard == name:
+                call.cut(ShardUnavailable(name))
+
+    async def _drain(self, delay_s: float, grace_s: float) -> None:
+        """Health first, then no new calls, then time for running ones."""
+        await self._server.health.drain()
+        await asyncio.sleep(delay_s)  # load balancers need time to see it
+        self._admission.close(Draining())
+        if not await self._admission.wait_idle(grace_s):
+            self._admission.cut_all(Draining())
+            await self._admission.wait_idle(CUT_TIMEOUT_S)
+
+    async def _close(self) -> None:
+        await self._server.stop(CUT_TIMEOUT_S)
+        await asyncio.to_thread(self._tracing.close)
+        for shard in self._shards:
+            shard.close()
+
+    async def _watch(self) -> None:
+        """Once a second: how late the loop is, and how many streams wait for their reader."""
+        while True:
+            before_s = time.monotonic()
+            await asyncio.sleep(1.0)
+            now_s = time.monotonic()
+            metrics.loop_lag.set(max(0.0, now_s - before_s - 1.0))
+            metrics.stalled_streams.set(
+                sum(
+                    call.writing_since_s is not None
+                    and now_s - call.writing_since_s > STALLED_AFTER_S
+                    for call in self._admission.calls
+                )
+            )

@@ -1,0 +1,158 @@
+"""What every RPC of ours goes through, in one place.
+
+    bytes in -> Call opened, span started -> admission -> message parsed -> servicer
+    -> messages out -> exception to status -> metrics and span closed
+
+Handlers stay plain: coroutines for unary RPCs, async generators for streams. grpc.aio does
+not close an async generator whose RPC is cancelled during a write (server.pyx), so
+streams are driven here, inside `aclosing`: the engine request is aborted at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+from google.protobuf.message import DecodeError, Message
+from google.rpc import code_pb2, status_pb2
+from grpc_status import rpc_status
+
+from gateway import metrics
+from gateway.admission import Admission
+from gateway.call import Call, set_current_call
+from gateway.errors import DefaultDeadlineExceeded, MalformedMessage, status_of
+from gateway.tracing import Tracing
+
+logger = logging.getLogger(__name__)
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Edge:
+    """What all calls of a worker share."""
+
+    admission: Admission
+    tracing: Tracing
+    unary_deadline_s: float
+    stream_deadline_s: float
+
+
+class EdgeInterceptor(grpc.aio.ServerInterceptor):
+    """Wraps the handlers of our own services; health and reflection stay as they are."""
+
+    def __init__(self, edge: Edge, services: tuple[str, ...]) -> None:
+        self._edge = edge
+        self._prefixes = tuple(f"/{service}/" for service in services)
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler:
+        handler = await continuation(handler_call_details)
+        if handler is None or not handler_call_details.method.startswith(self._prefixes):
+            return handler
+        method = handler_call_details.method.rpartition("/")[2]
+        return wrap(handler, method, self._edge)
+
+
+def wrap(handler: Any, method: str, edge: Edge) -> grpc.RpcMethodHandler:
+    """The handler with the edge around it. Takes raw bytes, so that parsing is ours too:
+    grpc.aio itself answers a message that does not parse with UNKNOWN and its own internals."""
+    parse = handler.request_deserializer
+
+    async def unary(raw: bytes, context: Context) -> Message:
+        async with _call(method, context, edge, edge.unary_deadline_s):
+            return await handler.unary_unary(_parsed(raw, parse), context)  # type: ignore[no-any-return]
+
+    async def stream(raw: bytes, context: Context) -> None:
+        async with _call(method, context, edge, edge.stream_deadline_s) as call:
+            events: AsyncGenerator[Message, None] = handler.unary_stream(
+                _parsed(raw, parse), context
+            )
+            async with contextlib.aclosing(events):
+                async for event in events:
+                    call.writing_since_s = time.monotonic()
+                    await context.write(event)
+                    call.writing_since_s = None
+
+    if handler.response_streaming:
+        return grpc.unary_stream_rpc_method_handler(
+            stream, response_serializer=handler.response_serializer
+        )
+    return grpc.unary_unary_rpc_method_handler(
+        unary, response_serializer=handler.response_serializer
+    )
+
+
+def _parsed(raw: bytes, parse: Callable[[bytes], Message]) -> Message:
+    try:
+        return parse(raw)
+    except DecodeError:
+        # `parse` is FromString of the request class, bound by the generated code.
+        message_type = getattr(parse, "__self__", None)
+        raise MalformedMessage(
+            message_type.DESCRIPTOR.full_name if message_type is not None else "message"
+        ) from None
+
+
+@contextlib.asynccontextmanager
+async def _call(
+    method: str, context: Context, edge: Edge, default_deadline_s: float
+) -> AsyncIterator[Call]:
+    """Run the body as one call: tracked, timed, and every way out turned into a status."""
+    call = Call(method)
+    set_current_call(call)
+    metrics.inflight.inc()
+    span = edge.tracing.start(call, context.invocation_metadata() or ())
+    code = "OK"
+    try:
+        # grpc ends the call itself when a client's deadline passes; ours is for those without.
+        own_deadline_s = default_deadline_s if context.time_remaining() is None else None
+        with edge.admission.track(call):
+            try:
+                async with asyncio.timeout(own_deadline_s) as deadline:
+                    yield call
+            except TimeoutError:
+                if not deadline.expired():
+                    raise
+                assert own_deadline_s is not None
+                raise DefaultDeadlineExceeded(own_deadline_s) from None
+    except asyncio.CancelledError as cancelled:
+        task = asyncio.current_task()
+        assert task is not None
+        if call.cut_by is None and task.cancelling() > 0:
+            code = "CANCELLED"  # by the client, its deadline, or a lost connection
+            raise
+        if call.cut_by is not None:
+            task.uncancel()
+        # With nobody having cancelled us an inner task died. grpc would send no status at
+        # all then, and the client would wait for its deadline (grpc#29248).
+        status = status_of(call.cut_by or cancelled, call)
+        code = code_pb2.Code.Name(status.code)  # type: ignore[arg-type]
+        await _abort(context, call, status, cancelled)
+    except Exception as error:
+        status = status_of(error, call)
+        code = code_pb2.Code.Name(status.code)  # type: ignore[arg-type]
+        await _abort(context, call, status, error)
+    finally:
+        metrics.inflight.dec()
+        metrics.record(call, code, time.monotonic())
+        edge.tracing.end(span, call, code)
+
+
+async def _abort(
+    context: Context, call: Call, status: status_pb2.Status, cause: BaseException
+) -> None:
+    """End the call with `status`. Always raises grpc's AbortError; nothing else calls abort."""
+    if status.code == code_pb2.INTERNAL:
+        logger.error("request %s (%s) failed", call.request_id, call.method, exc_info=cause)
+    rich = rpc_status.to_status(status)
+    await context.abort(rich.code, rich.details, rich.trailing_metadata)

@@ -1,0 +1,252 @@
+"""What every call goes through: parsing, errors, deadlines, cancellation, admission, drain."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+import grpc
+import pytest
+from google.rpc import error_details_pb2
+from grpc_health.v1 import health_pb2
+from grpc_health.v1.health_pb2_grpc import HealthStub
+from grpc_reflection.v1alpha import reflection_pb2
+from grpc_status import rpc_status
+
+from engine.fake import Script
+from gateway.admission import Draining
+from lora_gateway.v1 import inference_pb2 as pb
+from tests.gateway.conftest import FakeGateway, start_fake_gateway
+
+GENERATE = "/lora_gateway.v1.Inference/Generate"
+STREAM = "/lora_gateway.v1.Inference/GenerateStream"
+
+
+def request(text: str = "one two three", max_tokens: int = 4, **fields: object) -> pb.GenerateRequest:
+    return pb.GenerateRequest(
+        text=text, sampling=pb.SamplingParams(max_tokens=max_tokens, temperature=0), **fields
+    )
+
+
+def details(error: grpc.aio.AioRpcError) -> dict[str, object]:
+    """The google.rpc details of an error, by type name."""
+    status = rpc_status.from_call(error)
+    assert status is not None, f"{error.code()} without details: {error.details()}"
+    kinds = (
+        error_details_pb2.ErrorInfo,
+        error_details_pb2.BadRequest,
+        error_details_pb2.RetryInfo,
+        error_details_pb2.RequestInfo,
+        error_details_pb2.ResourceInfo,
+    )
+    found: dict[str, object] = {}
+    for packed in status.details:
+        for kind in kinds:
+            if packed.Is(kind.DESCRIPTOR):
+                message = kind()
+                packed.Unpack(message)
+                found[kind.__name__] = message
+    return found
+
+
+def reason(error: grpc.aio.AioRpcError) -> str:
+    info = details(error)["ErrorInfo"]
+    assert isinstance(info, error_details_pb2.ErrorInfo)
+    assert info.domain == "lora-gateway"
+    return info.reason
+
+
+async def test_a_stream_is_started_deltas_finished(fake: FakeGateway) -> None:
+    events = [event async for event in fake.stub.GenerateStream(request(adapter="alpha"))]
+    kinds = [event.WhichOneof("event") for event in events]
+    assert kinds == ["started", "delta", "delta", "delta", "delta", "finished"]
+    assert events[0].started.served_by.adapter == "alpha"
+    assert events[0].started.served_by.version == 3
+    assert "".join(event.delta.text for event in events[1:-1]) == "0 1 2 3 "
+    finished = events[-1].finished
+    assert (finished.usage.prompt_tokens, finished.usage.completion_tokens) == (3, 4)
+    assert finished.completions[0].finish_reason == pb.FINISH_REASON_LENGTH
+    assert finished.timings.total_ms > finished.timings.time_to_first_token_ms > 0
+
+
+async def test_a_unary_answer_is_the_same_text(fake: FakeGateway) -> None:
+    answer = await fake.stub.Generate(request())
+    assert answer.completions[0].text == "0 1 2 3 "
+    assert answer.served_by.adapter == "" and answer.served_by.shard == "shard-0"
+
+
+@pytest.mark.parametrize("method", [GENERATE, STREAM])
+@pytest.mark.parametrize("raw", [b"\xff\xff\xff", b"\x1a\x02\xc3\x28", b"\x0a\x02\xff\xfe"])
+async def test_malformed_bytes_are_invalid_argument(
+    fake: FakeGateway, method: str, raw: bytes
+) -> None:
+    """The last two are invalid UTF-8 in `text` and in `adapter`."""
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        if method == GENERATE:
+            await fake.channel.unary_unary(method)(raw)
+        else:
+            async for _ in fake.channel.unary_stream(method)(raw):
+                pass
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert reason(caught.value) == "MALFORMED_MESSAGE"
+
+
+async def test_all_violations_come_at_once(fake: FakeGateway) -> None:
+    bad = pb.GenerateRequest(
+        adapter="Not A Name",
+        sampling=pb.SamplingParams(temperature=float("nan"), top_p=0, max_tokens=0),
+    )
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await fake.stub.Generate(bad)
+    assert reason(caught.value) == "INVALID_FIELD"
+    violations = details(caught.value)["BadRequest"]
+    assert isinstance(violations, error_details_pb2.BadRequest)
+    assert {violation.field for violation in violations.field_violations} == {
+        *("prompt", "adapter", "sampling.temperature", "sampling.top_p", "sampling.max_tokens")
+    }
+
+
+async def test_unknown_adapter_names_the_served_ones(fake: FakeGateway) -> None:
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await fake.stub.Generate(request(adapter="alphq"))
+    assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+    assert reason(caught.value) == "ADAPTER_NOT_FOUND"
+    assert "served here: alpha" in (caught.value.details() or "")
+
+
+async def test_cancel_aborts_the_engine_request(fake: FakeGateway) -> None:
+    call = fake.stub.GenerateStream(request(max_tokens=10_000))
+    await call.read()
+    assert len(fake.shard.running) == 1
+    call.cancel()
+    async with asyncio.timeout(2):
+        while fake.shard.running:
+            await asyncio.sleep(0.01)
+    assert len(fake.shard.aborted) == 1
+    assert await fake.admission.wait_idle(2)
+
+
+async def test_client_deadline_aborts_the_engine_request(fake: FakeGateway) -> None:
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await fake.stub.Generate(request(max_tokens=10_000), timeout=0.2)
+    assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+    async with asyncio.timeout(2):
+        while fake.shard.running:
+            await asyncio.sleep(0.01)
+
+
+async def test_default_deadline_ends_a_call_without_one() -> None:
+    gateway = await start_fake_gateway(
+        Script(token_interval_s=0.01), unary_deadline_s=0.2, stream_deadline_s=0.3
+    )
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await gateway.stub.Generate(request(max_tokens=10_000))
+    assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+    assert reason(caught.value) == "DEADLINE_EXCEEDED"
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        async for _ in gateway.stub.GenerateStream(request(max_tokens=10_000)):
+            pass
+    assert reason(caught.value) == "DEADLINE_EXCEEDED"
+    assert not gateway.shard.running
+    await gateway.channel.close()
+    await gateway.server.stop(0)
+
+
+async def test_too_many_requests_are_refused_with_retry_info() -> None:
+    gateway = await start_fake_gateway(Script(token_interval_s=0.01), limit=1)
+    running = gateway.stub.GenerateStream(request(max_tokens=10_000))
+    await running.read()
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await gateway.stub.Generate(request())
+    assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert reason(caught.value) == "OVERLOADED"
+    assert "RetryInfo" in details(caught.value)
+    running.cancel()
+    await gateway.channel.close()
+    await gateway.server.stop(0)
+
+
+async def test_a_dead_shard_is_unavailable_and_tells_tokens_emitted() -> None:
+    gateway = await start_fake_gateway(Script(dies_after_tokens=3))
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        async for _ in gateway.stub.GenerateStream(request(max_tokens=10)):
+            pass
+    assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+    info = details(caught.value)["ErrorInfo"]
+    assert isinstance(info, error_details_pb2.ErrorInfo)
+    assert info.reason == "SHARD_UNAVAILABLE" and info.metadata["tokens_emitted"] == "3"
+    await gateway.channel.close()
+    await gateway.server.stop(0)
+
+
+async def test_an_inner_bug_is_internal_with_a_fixed_text(
+    fake: FakeGateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def bug(prompt: object) -> None:
+        raise RuntimeError("secret")
+
+    monkeypatch.setattr(fake.shard, "render", bug)
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await fake.stub.Generate(request())
+    assert caught.value.code() is grpc.StatusCode.INTERNAL
+    assert reason(caught.value) == "INTERNAL"
+    assert "RequestInfo" in details(caught.value)
+    assert "secret" not in str(caught.value.details())
+
+
+async def test_a_stray_cancellation_becomes_internal(
+    fake: FakeGateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def stray(prompt: object) -> None:
+        raise asyncio.CancelledError
+
+    monkeypatch.setattr(fake.shard, "render", stray)
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await fake.stub.Generate(request(), timeout=5)
+    assert caught.value.code() is grpc.StatusCode.INTERNAL
+
+
+async def test_draining_refuses_new_calls_and_cuts_late_ones(fake: FakeGateway) -> None:
+    running = fake.stub.GenerateStream(request(max_tokens=10_000))
+    await running.read()
+    fake.admission.close(Draining())
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await fake.stub.Generate(request())
+    assert refused.value.code() is grpc.StatusCode.UNAVAILABLE
+    assert reason(refused.value) == "DRAINING"
+    assert "RetryInfo" in details(refused.value)
+    assert not await fake.admission.wait_idle(0.05), "the running stream goes on"
+    fake.admission.cut_all(Draining())
+    with pytest.raises(grpc.aio.AioRpcError) as cut:
+        while await running.read() is not grpc.aio.EOF:
+            pass
+    assert cut.value.code() is grpc.StatusCode.UNAVAILABLE
+    assert reason(cut.value) == "DRAINING"
+    assert fake.shard.aborted
+
+
+async def test_health_watchers_end_when_the_server_drains(fake: FakeGateway) -> None:
+    health = HealthStub(fake.channel)
+    for service in ("", "lora_gateway.v1.Inference"):
+        answer = await health.Check(health_pb2.HealthCheckRequest(service=service))
+        assert answer.status == health_pb2.HealthCheckResponse.SERVING
+    watch = health.Watch(health_pb2.HealthCheckRequest())
+    assert (await watch.read()).status == health_pb2.HealthCheckResponse.SERVING
+    await fake.server.health.drain()
+    assert (await watch.read()).status == health_pb2.HealthCheckResponse.NOT_SERVING
+    assert await watch.read() is grpc.aio.EOF
+    start_s = time.monotonic()
+    await fake.server.stop(10)
+    assert time.monotonic() - start_s < 5, "a watcher must not use up the grace"
+
+
+@pytest.mark.parametrize("version", ["v1", "v1alpha"])
+async def test_reflection_answers_under_both_names(fake: FakeGateway, version: str) -> None:
+    call = fake.channel.stream_stream(
+        f"/grpc.reflection.{version}.ServerReflection/ServerReflectionInfo",
+        request_serializer=reflection_pb2.ServerReflectionRequest.SerializeToString,
+        response_deserializer=reflection_pb2.ServerReflectionResponse.FromString,
+    )(iter([reflection_pb2.ServerReflectionRequest(list_services="")]))
+    answer = await call.read()
+    names = {service.name for service in answer.list_services_response.service}
+    assert "lora_gateway.v1.Inference" in names
