@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from engine.adapters import AdapterFacts, check_adapter
@@ -28,20 +29,27 @@ LOAD_ATTEMPTS = 2
 """A failed `add_lora` may be passing; each attempt gets a new id (DESIGN section 5)."""
 
 
+@dataclass(frozen=True, slots=True)
+class CheckedAdapter:
+    """An adapter whose copy is ours, checked and immutable; no engine has seen it yet."""
+
+    adapter: str
+    artifact: Artifact
+    facts: AdapterFacts
+
+
 class AdapterCatalog:
-    """Adds adapters to a shard and knows what is served. Owned by the host."""
+    """Takes adapters in, loads them on a shard, knows what is served. Owned by the host."""
 
     def __init__(
         self,
         store: ArtifactStore,
         registry: Registry,
-        shard: VllmShard,
         shapes: Mapping[str, tuple[int, int]],
         max_lora_rank: int,
     ) -> None:
         self._store = store
         self._registry = registry
-        self._shard = shard
         self._shapes = shapes
         self._max_lora_rank = max_lora_rank
         self._served: dict[str, ServedAdapter] = {}
@@ -50,26 +58,14 @@ class AdapterCatalog:
         """What is served now, for the workers."""
         return ServedView(dict(self._served))
 
-    async def add(self, tenant: str, adapter: str, source: Path) -> ServedVersion:
-        """Serve the adapter in `source`; its bytes decide whether it is a new version.
+    async def take(self, adapter: str, source: Path) -> CheckedAdapter:
+        """Copy the adapter in `source` and check the copy. Needs no engine.
 
         Raises AdapterInvalid with every finding.
         """
-        artifact, facts = await asyncio.to_thread(self._take, adapter, source)
-        record = await self._registry.register(tenant, adapter, artifact.digest)
-        version = await self._load(_served_version(record, artifact))
-        self._served[adapter] = ServedAdapter(version.version, {version.version: version})
-        logger.info(
-            "adapter %s version %d is served: rank %d, digest %s",
-            adapter,
-            version.version,
-            facts.rank,
-            artifact.digest[:12],
-        )
-        return version
+        return await asyncio.to_thread(self._take, adapter, source)
 
-    def _take(self, adapter: str, source: Path) -> tuple[Artifact, AdapterFacts]:
-        """Copy and check; what is checked is the copy. Blocks on disk."""
+    def _take(self, adapter: str, source: Path) -> CheckedAdapter:
         try:
             with self._store.stage(source) as staged:
                 facts = check_adapter(
@@ -78,14 +74,28 @@ class AdapterCatalog:
                     shapes=self._shapes,
                     max_lora_rank=self._max_lora_rank,
                 )
-                return staged.commit(), facts
+                return CheckedAdapter(adapter, staged.commit(), facts)
         except SourceUnusable as error:
             raise AdapterInvalid(adapter, [str(error)]) from error
 
-    async def _load(self, version: ServedVersion) -> ServedVersion:
+    async def serve(self, tenant: str, checked: CheckedAdapter, shard: VllmShard) -> ServedVersion:
+        """Load the adapter on the shard and serve it; its bytes decide whether it is a new
+        version. Raises AdapterInvalid if the engine refuses it.
+        """
+        record = await self._registry.register(tenant, checked.adapter, checked.artifact.digest)
+        version = await self._load(_served_version(record, checked.artifact), shard)
+        self._served[checked.adapter] = ServedAdapter(version.version, {version.version: version})
+        logger.info(
+            "adapter %s version %d is served: rank %d, digest %s",
+            *(checked.adapter, version.version, checked.facts.rank),
+            checked.artifact.digest[:12],
+        )
+        return version
+
+    async def _load(self, version: ServedVersion, shard: VllmShard) -> ServedVersion:
         for attempt in range(1, LOAD_ATTEMPTS + 1):
             try:
-                await self._shard.load(version)
+                await shard.load(version)
                 return version
             except GenerationFailed as error:
                 logger.warning("adapter %s: attempt %d: %s", version.adapter, attempt, error)
@@ -97,14 +107,7 @@ class AdapterCatalog:
         lora_int_id = await self._registry.mint_lora_int_id(
             version.tenant, version.adapter, version.version
         )
-        return ServedVersion(
-            tenant=version.tenant,
-            adapter=version.adapter,
-            version=version.version,
-            lora_int_id=lora_int_id,
-            path=version.path,
-            digest=version.digest,
-        )
+        return replace(version, lora_int_id=lora_int_id)
 
 
 def _served_version(record: VersionRecord, artifact: Artifact) -> ServedVersion:

@@ -70,9 +70,7 @@ LOGIT_BIAS_RANGE = _Range(-100, 100)
 
 def violations(sampling: Mapping[str, Any], *, vocab_size: int, prefix: str) -> list[Violation]:
     """Every violation in the set parameters. `prefix` leads the field paths."""
-    return [
-        Violation(f"{prefix}.{name}", text) for name, text in _violations(sampling, vocab_size)
-    ]
+    return [Violation(f"{prefix}.{name}", text) for name, text in _violations(sampling, vocab_size)]
 
 
 def _violations(sampling: Mapping[str, Any], vocab_size: int) -> Iterator[tuple[str, str]]:

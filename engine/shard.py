@@ -327,10 +327,6 @@ class VllmShard:
 
 def preload() -> None:
     """Import what `VllmShard.attach` needs, which takes seconds, ahead of its time."""
-    import vllm.lora.request
-    import vllm.sampling_params
-    import vllm.v1.engine.async_llm
-    import vllm.v1.executor
 
     import engine.stats  # noqa: F401
 

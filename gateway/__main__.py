@@ -1,7 +1,8 @@
 """`python -m gateway` is the `gateway` command."""
 
-from gateway.cli import app
-
-# Engine cores and workers are spawned, and each child imports this module again.
+# Engine cores and workers are spawned, and each child imports this module again: it
+# must neither run the command there nor import what only the command needs.
 if __name__ == "__main__":
+    from gateway.cli import app
+
     app()

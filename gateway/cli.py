@@ -261,13 +261,9 @@ async def _stream(endpoint: _Endpoint, question: _Question, prompt: str, json: b
                 typer.echo(as_json(enveloped(event), indent=None))
             return
         await print_text(stream, [])
-        if stream.started and stream.finished:
-            summarize(
-                stream.started.served_by,
-                stream.finished.completions[0].finish_reason,
-                stream.finished.usage,
-                stream.finished.timings,
-            )
+        finished = stream.finished
+        reason = finished.completions[0].finish_reason
+        summarize(stream.started.served_by, reason, finished.usage, finished.timings)
 
 
 def _converse(

@@ -159,8 +159,9 @@ def _structured_output_violations(sampling: pb.SamplingParams) -> Iterable[Viola
     wanted = sampling.structured_outputs
     kind = wanted.WhichOneof("constraint")
     if kind is None:
-        yield Violation(path, "needs a constraint: json, regex, choice, grammar, json_object, "
-                        "or structural_tag")
+        yield Violation(
+            path, "needs a constraint: json, regex, choice, grammar, json_object, or structural_tag"
+        )
     elif kind in _CONSTRAINT_BYTES:
         size = len(getattr(wanted, kind).encode())
         if not 1 <= size <= _CONSTRAINT_BYTES[kind]:
@@ -218,16 +219,12 @@ def encode_delta(delta: Delta, *, token_ids: bool) -> pb.GenerateStreamResponse 
     """The message of one delta; None when it would be empty."""
     if not delta.text and not token_ids and delta.logprobs is None:
         return None
-    if delta.logprobs is None:
-        logprobs = None
-    else:
-        logprobs = encode_logprobs(delta.logprobs)
     return pb.GenerateStreamResponse(
         delta=pb.GenerationDelta(
             index=delta.index,
             text=delta.text,
             token_ids=delta.token_ids if token_ids else None,
-            logprobs=logprobs,
+            logprobs=None if delta.logprobs is None else encode_logprobs(delta.logprobs),
         )
     )
 

@@ -107,9 +107,7 @@ def _invalid(reason: int) -> Callable[[InvalidRequest, Call], _Answer]:
 
 def _malformed(error: MalformedMessage, call: Call) -> _Answer:
     metadata = {"message_type": error.message_type}
-    return _Answer(
-        code_pb2.INVALID_ARGUMENT, ErrorReason.ERROR_REASON_MALFORMED_MESSAGE, metadata
-    )
+    return _Answer(code_pb2.INVALID_ARGUMENT, ErrorReason.ERROR_REASON_MALFORMED_MESSAGE, metadata)
 
 
 def _template_missing(error: ChatTemplateMissing, call: Call) -> _Answer:

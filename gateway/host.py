@@ -16,7 +16,8 @@ import multiprocessing
 import os
 import signal
 from collections.abc import Coroutine
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import Any
 
 from engine.base_model import ModelFingerprints, base_model_shapes, fingerprints
 from engine.catalog import AdapterCatalog
@@ -43,8 +44,6 @@ LATE_MESSAGES_S = 1.0
 CORE_DEATH_GRACE_S = 2.0
 """How long workers get to tell their clients that the core is gone."""
 
-T = TypeVar("T")
-
 
 class Stopped(Exception):
     """A signal asked the gateway to end."""
@@ -56,12 +55,13 @@ class Host:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._stop = asyncio.Event()
-        self._watchers: list[asyncio.Future[Any]] = []
+        self._watchers: list[asyncio.Task[None]] = []
+        self._ended: asyncio.Future[asyncio.Task[None]] = asyncio.get_running_loop().create_future()
+        """The first watcher that ended."""
         self._owned = contextlib.AsyncExitStack()
         self._core: EngineCore | None = None
         self._shard: VllmShard | None = None
         self._fleet: WorkerFleet | None = None
-        self._fleet_task: asyncio.Task[None] | None = None
 
     async def run(self) -> int:
         """Serve until a signal ends it (0) or the core dies (1): the exit code.
@@ -101,27 +101,30 @@ class Host:
         registry = Registry(state.path / "registry.sqlite")
         await self._owned.enter_async_context(registry)
 
-        # Workers import while the core loads: both take seconds.
+        # Workers import while adapters are checked and the core loads: all take seconds.
         self._fleet = fleet = WorkerFleet(
             settings.workers,
             lambda: self._orders(port.address, prints),
             lambda worker: self._after_death(worker, endpoint),
         )
-        self._fleet_task = self._watch(fleet.run())
+        self._watch(fleet.run())
 
-        self._core = core = await EngineCore.start(SHARD_NAME, _engine_options(settings, model_path))
+        shapes = await asyncio.to_thread(base_model_shapes, model_path)
+        self._catalog = catalog = AdapterCatalog(
+            ArtifactStore(state.path), registry, shapes, int(settings.max_lora_rank)
+        )
+        checked = [await catalog.take(*adapter) for adapter in settings.adapter.items()]
+
+        self._core = core = await EngineCore.start(
+            SHARD_NAME, _engine_options(settings, model_path)
+        )
         self._watch(_core_end(core))
         self._shard = shard = VllmShard.attach(core.take_slot())
         await shard.call_core("gateway_adopt", os.getpid())
         await shard.warm_up()
-
-        shapes = await asyncio.to_thread(base_model_shapes, model_path)
-        self._catalog = AdapterCatalog(
-            ArtifactStore(state.path), registry, shard, shapes, int(settings.max_lora_rank)
-        )
-        for adapter, source in settings.adapter.items():
-            version = await self._catalog.add(Principal().tenant, adapter, source)
-            metrics.adapter_state.labels(adapter, str(version.version), "READY").set(1)
+        for adapter in checked:
+            version = await catalog.serve(Principal().tenant, adapter, shard)
+            metrics.adapter_state.labels(version.adapter, str(version.version), "READY").set(1)
 
         fleet.open()
         await fleet.wait_serving()
@@ -173,29 +176,26 @@ class Host:
             shard = self._shard
             await self._core.stop(lambda: shard.call_core("gateway_stop"))
             shard.close()
-        for child in multiprocessing.active_children():
-            child.kill()
+        _kill_children()
         await asyncio.gather(*self._watchers, return_exceptions=True)
 
-    def _watch(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+    def _watch(self, work: Coroutine[Any, Any, None]) -> None:
         """Run beside everything; its end, or its error, ends the gateway."""
         task = asyncio.create_task(work)
         self._watchers.append(task)
-        return task
+        task.add_done_callback(lambda ended: self._ended.done() or self._ended.set_result(ended))
 
-    async def _unless_ended(self, work: Coroutine[Any, Any, T]) -> T:
-        """The result of `work`, unless a watcher ends first: then the watcher's error."""
-        task = asyncio.ensure_future(work)
-        while not task.done():
-            await asyncio.wait({task, *self._watchers}, return_when=asyncio.FIRST_COMPLETED)
-            ended = [watcher for watcher in self._watchers if watcher.done()]
-            if ended and not task.done():
-                for child in multiprocessing.active_children() if self._core is None else ():
-                    child.kill()  # a core that loads in a thread cannot be cancelled otherwise
-                task.cancel()
-                await asyncio.wait({task})
-                ended[0].result()
-        return task.result()
+    async def _unless_ended(self, work: Coroutine[Any, Any, None]) -> None:
+        """Do `work`, unless a watcher ends first: then raise the watcher's error."""
+        task = asyncio.create_task(work)
+        await asyncio.wait({task, self._ended}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            if self._core is None:
+                _kill_children()  # a core that loads in a thread cannot be cancelled otherwise
+            task.cancel()
+            await asyncio.wait({task})
+            self._ended.result().result()
+        task.result()
 
     async def _stopped(self) -> None:
         await self._stop.wait()
@@ -216,7 +216,12 @@ async def _core_end(core: EngineCore) -> None:
     raise CoreFailed(f"{core.name} ended: {core.exit_reason()}; the gateway ends with it")
 
 
-def _engine_options(settings: Settings, model_path: Any) -> EngineOptions:
+def _kill_children() -> None:
+    for child in multiprocessing.active_children():
+        child.kill()
+
+
+def _engine_options(settings: Settings, model_path: Path) -> EngineOptions:
     return EngineOptions(
         model_path=model_path,
         served_model_name=settings.model,

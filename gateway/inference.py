@@ -111,9 +111,7 @@ class Inference(InferenceServicer):
         return route
 
 
-def _engine_request(
-    decoded: codec.GenerateCall, call: Call, *, stream: bool
-) -> GenerationRequest:
+def _engine_request(decoded: codec.GenerateCall, call: Call, *, stream: bool) -> GenerationRequest:
     return GenerationRequest(
         request_id=call.request_id,
         prompt=decoded.prompt,

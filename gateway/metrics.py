@@ -36,9 +36,7 @@ _tokens = Counter(
     "Tokens of ended calls: prompt, completion, cached (part of prompt).",
     ["adapter", "kind"],
 )
-inflight = Gauge(
-    "gateway_inflight_calls", "Calls that run now.", multiprocess_mode="livesum"
-)
+inflight = Gauge("gateway_inflight_calls", "Calls that run now.", multiprocess_mode="livesum")
 stalled_streams = Gauge(
     "gateway_stalled_streams",
     "Streams whose write has waited over a second for the client to read.",
@@ -49,7 +47,9 @@ loop_lag = Gauge(
     "How late the event loop woke a timer, worst of the last second.",
     multiprocess_mode="livemax",
 )
-workers = Gauge("gateway_workers", "Worker processes by state.", ["state"], multiprocess_mode="livemax")
+workers = Gauge(
+    "gateway_workers", "Worker processes by state.", ["state"], multiprocess_mode="livemax"
+)
 worker_deaths = Counter("gateway_worker_deaths", "Workers that ended unasked.")
 client_slots_left = Gauge(
     "gateway_client_slots_left",
@@ -93,9 +93,7 @@ class MetricsEndpoint:
         MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
         self._server: WSGIServer
         self._thread: Thread
-        self._server, self._thread = start_http_server(
-            int(port), self._host.strip("[]"), registry
-        )
+        self._server, self._thread = start_http_server(int(port), self._host.strip("[]"), registry)
 
     @property
     def address(self) -> str:

@@ -130,7 +130,9 @@ class Settings(BaseSettings):
             if not equals or not path:
                 raise ValueError(f"{entry!r} is no NAME=PATH, for example pirate=./pirate")
             if not re.fullmatch(ADAPTER_NAME_PATTERN, name):
-                raise ValueError(f"{name!r} is no adapter name; it must match {ADAPTER_NAME_PATTERN}")
+                raise ValueError(
+                    f"{name!r} is no adapter name; it must match {ADAPTER_NAME_PATTERN}"
+                )
             if name in adapters:
                 raise ValueError(f"adapter {name!r} is given twice; give each name once")
             adapters[name] = path
@@ -211,11 +213,14 @@ def prepare_environment(settings: Settings, metrics_dir: Path) -> None:
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "TRANSFORMERS_VERBOSITY": "error",
         "TOKENIZERS_PARALLELISM": "false",
+        # Notes of torch and of third parties' code, once per process: not for operators.
+        "TORCH_CPP_LOG_LEVEL": "ERROR",
+        "PYTHONWARNINGS": "ignore::FutureWarning",
     }.items():
         os.environ.setdefault(name, value)
     if _engine_runs_on_cpu():
-        # With LoRA vLLM compiles no model on a CPU, but a few helpers, each for seconds and
-        # some at a first request: 89 s instead of 55 s to start the tiny model (docs/benchmarks.md).
+        # With LoRA vLLM compiles no model on a CPU, but a few helpers, each for seconds, and
+        # some of them when the first caller asks for log probabilities (24 s seen).
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     # Plain `python` on a console script's path finds ninja and others beside it.
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
@@ -237,3 +242,5 @@ def configure_logging() -> None:
     )
     for package in ("gateway", "engine", "store"):
         logging.getLogger(package).setLevel(logging.INFO)
+    for package in ("vllm", "torch"):
+        logging.getLogger(package).setLevel(logging.ERROR)

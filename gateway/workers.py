@@ -138,11 +138,14 @@ class WorkerFleet:
 
     async def run(self) -> None:
         """Keep the fleet at its number. Raises WorkerFailed if a worker cannot serve."""
-        async with asyncio.TaskGroup() as tasks:
-            self._tasks = tasks
-            for _ in range(self._count):
-                self._spawn()
-            await self._drained()
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                self._tasks = tasks
+                for _ in range(self._count):
+                    self._spawn()
+                await self._drained()
+        except BaseExceptionGroup as errors:
+            raise errors.exceptions[0] from None
 
     def open(self) -> None:
         """Put workers to work as they become ready. The cores run from now on."""
@@ -215,9 +218,7 @@ class WorkerFleet:
             self._note_change()
         if not self._draining:
             metrics.worker_deaths.inc()
-            logger.error(
-                "worker %d died while %s (exit code %s)", worker.pid, died_in.value, code
-            )
+            logger.error("worker %d died while %s (exit code %s)", worker.pid, died_in.value, code)
             self._assign()
             await self._release(worker)
 
@@ -232,6 +233,7 @@ class WorkerFleet:
                     for slot in worker.slots:
                         slot.close()  # the worker has its own copy of the listeners now
                     logger.info("worker %d is serving", worker.pid)
+                    self._assign()
                 case Failed(reason):
                     raise WorkerFailed(reason)
             self._note_change()

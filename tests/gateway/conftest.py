@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import grpc
 import pytest_asyncio
@@ -19,6 +20,9 @@ from gateway.tracing import Tracing
 from gateway.wrap import Edge
 from lora_gateway.v1 import inference_pb2 as pb
 from lora_gateway.v1.inference_pb2_grpc import InferenceStub
+
+if TYPE_CHECKING:
+    from lora_gateway.v1.inference_pb2_grpc import InferenceAsyncStub
 
 MODEL = pb.Model(
     base_model="fake",
@@ -36,7 +40,7 @@ class FakeGateway:
     admission: Admission
     server: GatewayServer
     channel: grpc.aio.Channel
-    stub: InferenceStub
+    stub: InferenceAsyncStub
 
 
 async def start_fake_gateway(

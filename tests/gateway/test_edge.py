@@ -22,7 +22,9 @@ GENERATE = "/lora_gateway.v1.Inference/Generate"
 STREAM = "/lora_gateway.v1.Inference/GenerateStream"
 
 
-def request(text: str = "one two three", max_tokens: int = 4, **fields: object) -> pb.GenerateRequest:
+def request(
+    text: str = "one two three", max_tokens: int = 4, **fields: object
+) -> pb.GenerateRequest:
     return pb.GenerateRequest(
         text=text, sampling=pb.SamplingParams(max_tokens=max_tokens, temperature=0), **fields
     )

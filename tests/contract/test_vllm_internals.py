@@ -1,0 +1,148 @@
+"""What ADR 0002 says we touch of vLLM 0.32, looked up in the installed one.
+
+A release of vLLM that moves any of it fails here, with the name, before it fails at run time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable
+from importlib.metadata import entry_points
+from typing import Any
+
+import pytest
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.lora.request import LoRARequest
+from vllm.outputs import CompletionOutput, RequestOutput
+from vllm.sampling_params import SamplingParams
+from vllm.v1.engine import EngineCoreRequest
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.core import EngineCoreProc, EngineShutdownState
+from vllm.v1.engine.core_client import AsyncMPClient, BackgroundResources
+from vllm.v1.engine.input_processor import InputProcessor
+from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollector
+from vllm.v1.engine.utils import (
+    CoreEngineLaunch,
+    CoreEngineProcManager,
+    EngineZmqListeners,
+    bind_engine_zmq_listeners,
+    launch_core_engines,
+)
+from vllm.v1.executor import Executor
+from vllm.v1.metrics.loggers import PrometheusStatLogger
+from vllm.v1.metrics.stats import RequestStateStats
+from vllm.v1.request import Request
+from vllm.version import __version__
+
+from engine import core_plugin
+
+CALLS: list[tuple[Callable[..., Any], list[str]]] = [
+    (bind_engine_zmq_listeners, ["vllm_config", "num_api_servers"]),
+    (launch_core_engines, ["vllm_config", "executor_class", "log_stats", "addresses"]),
+    (Executor.get_class, ["vllm_config"]),
+    (
+        AsyncLLM.__init__,
+        [
+            *("vllm_config", "executor_class", "log_stats", "log_requests", "stat_loggers"),
+            *("client_addresses", "client_count", "client_index"),
+        ],
+    ),
+    (
+        AsyncLLM.add_request,
+        ["request_id", "prompt", "params", "lora_request", "trace_headers"],
+    ),
+    (AsyncLLM.abort, ["request_id", "internal"]),
+    (AsyncLLM.add_lora, ["lora_request"]),
+    (AsyncLLM.remove_lora, ["lora_id"]),
+    (AsyncMPClient.call_utility_async, ["method", "args"]),
+    (RequestOutputCollector.get, []),
+    (RequestOutputCollector.get_nowait, []),
+    (OutputProcessor.propagate_error, ["e"]),
+    (EngineCoreProc.abort_requests, ["request_ids"]),
+    (EngineCoreProc._handle_client_request, ["request_type", "request"]),
+    (CoreEngineProcManager.sentinels, []),
+    (CoreEngineProcManager.shutdown, ["timeout"]),
+]
+
+
+def test_the_version_is_the_one_that_was_read() -> None:
+    assert __version__.startswith("0.32.0"), "read ADR 0002 again before you move to another"
+
+
+@pytest.mark.parametrize(("function", "parameters"), CALLS, ids=lambda value: str(value)[:60])
+def test_what_we_call_takes_what_we_pass(
+    function: Callable[..., Any], parameters: list[str]
+) -> None:
+    missing = set(parameters) - set(inspect.signature(function).parameters)
+    assert not missing
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [
+        (CoreEngineLaunch, ["engine_manager", "addresses"]),
+        (EngineZmqListeners, ["inputs", "outputs"]),
+        (BackgroundResources, ["engine_dead"]),
+        (RequestStateStats, ["queued_ts", "scheduled_ts", "first_token_ts", "last_token_ts"]),
+        (
+            CompletionOutput,
+            ["index", "text", "token_ids", "logprobs", "finish_reason", "stop_reason"],
+        ),
+        (
+            AsyncEngineArgs,
+            [
+                *("model", "served_model_name", "dtype", "quantization", "max_model_len"),
+                *("max_num_seqs", "gpu_memory_utilization", "enable_lora", "max_loras"),
+                *("max_cpu_loras", "max_lora_rank", "otlp_traces_endpoint", "use_tqdm_on_load"),
+                "custom_histogram_buckets",
+            ],
+        ),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_what_we_read_has_the_fields(kind: type, fields: list[str]) -> None:
+    missing = set(fields) - {field.name for field in dataclasses.fields(kind)}
+    assert not missing
+
+
+def test_structs_have_the_fields_that_we_set_or_read() -> None:
+    for kind, names in (
+        (LoRARequest, {"lora_name", "lora_int_id", "lora_path"}),
+        (EngineCoreRequest, {"client_index", "request_id"}),
+        (SamplingParams, {"stream_interval", "skip_clone", "output_kind", "structured_outputs"}),
+    ):
+        assert names <= set(inspect.signature(kind).parameters), kind
+    assert {"prompt_logprobs", "metrics", "num_cached_tokens", "finished"} <= set(
+        inspect.signature(RequestOutput.__init__).parameters
+    )
+    assert "client_index" in inspect.signature(Request.__init__).parameters
+
+
+def test_sources_hold_what_no_signature_shows() -> None:
+    """Attributes and behaviours that live inside functions."""
+    for owner, text in (
+        # The core looks a utility up by name, so the plugin can add some.
+        (EngineCoreProc._handle_client_request, "getattr(self, method_name)"),
+        # The core's loop ends by itself once this state is requested.
+        (EngineCoreProc._handle_shutdown, "EngineShutdownState.REQUESTED"),
+        # The collector merges deltas while the reader is busy.
+        (RequestOutputCollector.put, "aggregate=self.aggregate"),
+        # Our stat logger chooses the metric classes.
+        (PrometheusStatLogger.__init__, "self._gauge_cls("),
+        (PrometheusStatLogger.__init__, "self.gauge_lora_info"),
+        (InputProcessor.__init__, "self.process_inputs_async"),
+        (AsyncLLM.__init__, "self.output_processor"),
+        # A client that is attached learns of its core's death from this flag alone.
+        (AsyncMPClient.ensure_alive, "self.resources.engine_dead"),
+    ):
+        assert text in inspect.getsource(owner), f"{owner.__qualname__} lost {text!r}"
+    assert EngineShutdownState.REQUESTED is not EngineShutdownState.RUNNING
+
+
+def test_vllm_finds_the_plugin_and_it_adds_its_utilities() -> None:
+    names = {point.value for point in entry_points(group="vllm.general_plugins")}
+    assert "engine.core_plugin:register" in names
+    core_plugin.register()
+    for utility in ("gateway_adopt", "gateway_abort_client", "gateway_stop"):
+        assert callable(getattr(EngineCoreProc, utility))

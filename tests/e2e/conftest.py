@@ -1,0 +1,62 @@
+"""One gateway for all tests that leave it as they found it: two workers, three adapters."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator, Mapping
+from pathlib import Path
+
+from typing import TYPE_CHECKING
+
+import grpc
+import pytest
+import pytest_asyncio
+
+from engine.models import resolve_model
+from lora_gateway.v1.inference_pb2_grpc import InferenceStub
+from tests.e2e.gateway_process import GatewayProcess, gateway_process
+from tests.tiny_adapter import write_tiny_adapter
+
+
+if TYPE_CHECKING:
+    from lora_gateway.v1.inference_pb2_grpc import InferenceAsyncStub
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the tiny model."""
+    return resolve_model("tiny", tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="session")
+def adapters(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
+    """Adapters for the tiny model: two plain ones and an rsLoRA one of another rank."""
+    folder = tmp_path_factory.mktemp("adapters")
+    return {
+        "alpha": write_tiny_adapter(folder / "alpha", tiny_model, seed=1, rank=8),
+        "beta": write_tiny_adapter(folder / "beta", tiny_model, seed=2, rank=8),
+        "gamma": write_tiny_adapter(folder / "gamma", tiny_model, seed=3, rank=16, rslora=True),
+    }
+
+
+@pytest.fixture(scope="session")
+def gateway(
+    adapters: Mapping[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[GatewayProcess]:
+    """The shared gateway. Tests must leave it serving."""
+    with gateway_process(
+        tmp_path_factory.mktemp("gateway"), workers=2, adapters=adapters
+    ) as process:
+        yield process
+
+
+@pytest_asyncio.fixture(loop_scope="session")
+async def channel(gateway: GatewayProcess) -> AsyncIterator[grpc.aio.Channel]:
+    """A channel to the shared gateway."""
+    async with grpc.aio.insecure_channel(gateway.address) as channel:
+        yield channel
+
+
+@pytest.fixture
+def stub(channel: grpc.aio.Channel) -> v1.inference_pb2_grpc.InferenceAsyncStub:
+    """A typed stub on that channel."""
+    return InferenceStub(channel)
