@@ -174,7 +174,7 @@ class _Weights:
 
     def _check_base_embedding(self, tensors: Any, name: str) -> None:
         """PEFT adds a copy of the base embedding that it adapts. vLLM leaves it out, which is
-        right only if it is the base model's (vllm/lora/utils.py:218)."""
+        right only if it is the base model's (vllm/lora/utils.py:223)."""
         module = name.removeprefix(PEFT_PREFIX).removesuffix(BASE_LAYER_SUFFIX)
         shape = tensors.get_slice(name).get_shape()
         if sorted(shape) != sorted(self._shapes.get(module, ())):
@@ -237,7 +237,7 @@ class _Weights:
                 [f"{side} of {module}"],
             )
             return math.inf
-        # vLLM scales lora_B once, after the cast (vllm/lora/lora_weights.py:42).
+        # vLLM scales lora_B once, after the cast (vllm/lora/lora_weights.py:41).
         scaling = abs(self._rules.scaling(module)) if side == "lora_B" else 1.0
         largest = max(abs(low), abs(high))
         if largest * max(1.0, scaling) > torch.finfo(getattr(torch, self._dtype)).max:

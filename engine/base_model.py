@@ -54,7 +54,7 @@ def base_model_shapes(model_path: Path) -> ModuleShapes:
     vocabulary. The model is built from `config.json` on the meta device, so it needs neither
     memory nor weights, and a quantized checkpoint has the shapes of the model it stands for.
     Not in here: vision and audio towers, whose adapters vLLM ignores unless told otherwise
-    (vllm/lora/model_manager.py:214), and experts, which are no linear layers in transformers.
+    (vllm/lora/model_manager.py:240), and experts, which are no linear layers in transformers.
 
     Raises ModelNotFound if transformers cannot build the model, or vLLM not import its class.
     """

@@ -37,8 +37,8 @@ class _Range:
 
     def __str__(self) -> str:
         if self.high == math.inf:
-            return f"finite and above {self.low:g}"
-        return f"in {'(' if self.low_open else '['}{self.low:g}, {self.high:g}]"
+            return f"finite and above {self.low}"
+        return f"in {'(' if self.low_open else '['}{self.low}, {self.high}]"
 
 
 _RANGES: Mapping[str, _Range] = {

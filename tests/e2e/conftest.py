@@ -4,21 +4,13 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator, Mapping
 from pathlib import Path
-
-from typing import TYPE_CHECKING
-
 import grpc
 import pytest
 import pytest_asyncio
 
 from engine.models import resolve_model
-from lora_gateway.v1.inference_pb2_grpc import InferenceStub
 from tests.e2e.gateway_process import GatewayProcess, gateway_process
 from tests.tiny_adapter import write_tiny_adapter
-
-
-if TYPE_CHECKING:
-    from lora_gateway.v1.inference_pb2_grpc import InferenceAsyncStub
 
 
 @pytest.fixture(scope="session")
@@ -54,9 +46,3 @@ async def channel(gateway: GatewayProcess) -> AsyncIterator[grpc.aio.Channel]:
     """A channel to the shared gateway."""
     async with grpc.aio.insecure_channel(gateway.address) as channel:
         yield channel
-
-
-@pytest.fixture
-def stub(channel: grpc.aio.Channel) -> v1.inference_pb2_grpc.InferenceAsyncStub:
-    """A typed stub on that channel."""
-    return InferenceStub(channel)

@@ -111,7 +111,7 @@ def gateway_process(
     extra: Sequence[str] = (),
 ) -> Iterator[GatewayProcess]:
     """A gateway that serves the tiny model in float32, until the end of the block."""
-    arguments = ["--model", "tiny", "--dtype", "float32", "--max-model-len", "512"]
+    arguments = ["--model", "tiny", "--dtype", "float32", "--max-model-len", "2048"]
     arguments += ["--workers", str(workers), *extra]
     for name, path in (adapters or {}).items():
         arguments += ["--adapter", f"{name}={path}"]

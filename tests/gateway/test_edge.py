@@ -11,11 +11,11 @@ from google.rpc import error_details_pb2
 from grpc_health.v1 import health_pb2
 from grpc_health.v1.health_pb2_grpc import HealthStub
 from grpc_reflection.v1alpha import reflection_pb2
-from grpc_status import rpc_status
 
 from engine.fake import Script
 from gateway.admission import Draining
 from lora_gateway.v1 import inference_pb2 as pb
+from tests.details import bad_fields, detail, error_info
 from tests.gateway.conftest import FakeGateway, start_fake_gateway
 
 GENERATE = "/lora_gateway.v1.Inference/Generate"
@@ -30,32 +30,8 @@ def request(
     )
 
 
-def details(error: grpc.aio.AioRpcError) -> dict[str, object]:
-    """The google.rpc details of an error, by type name."""
-    status = rpc_status.from_call(error)
-    assert status is not None, f"{error.code()} without details: {error.details()}"
-    kinds = (
-        error_details_pb2.ErrorInfo,
-        error_details_pb2.BadRequest,
-        error_details_pb2.RetryInfo,
-        error_details_pb2.RequestInfo,
-        error_details_pb2.ResourceInfo,
-    )
-    found: dict[str, object] = {}
-    for packed in status.details:
-        for kind in kinds:
-            if packed.Is(kind.DESCRIPTOR):
-                message = kind()
-                packed.Unpack(message)
-                found[kind.__name__] = message
-    return found
-
-
 def reason(error: grpc.aio.AioRpcError) -> str:
-    info = details(error)["ErrorInfo"]
-    assert isinstance(info, error_details_pb2.ErrorInfo)
-    assert info.domain == "lora-gateway"
-    return info.reason
+    return str(error_info(error).reason)
 
 
 async def test_a_stream_is_started_deltas_finished(fake: FakeGateway) -> None:
@@ -101,9 +77,7 @@ async def test_all_violations_come_at_once(fake: FakeGateway) -> None:
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await fake.stub.Generate(bad)
     assert reason(caught.value) == "INVALID_FIELD"
-    violations = details(caught.value)["BadRequest"]
-    assert isinstance(violations, error_details_pb2.BadRequest)
-    assert {violation.field for violation in violations.field_violations} == {
+    assert bad_fields(caught.value) == {
         *("prompt", "adapter", "sampling.temperature", "sampling.top_p", "sampling.max_tokens")
     }
 
@@ -162,7 +136,7 @@ async def test_too_many_requests_are_refused_with_retry_info() -> None:
         await gateway.stub.Generate(request())
     assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
     assert reason(caught.value) == "OVERLOADED"
-    assert "RetryInfo" in details(caught.value)
+    detail(caught.value, error_details_pb2.RetryInfo)
     running.cancel()
     await gateway.channel.close()
     await gateway.server.stop(0)
@@ -174,8 +148,7 @@ async def test_a_dead_shard_is_unavailable_and_tells_tokens_emitted() -> None:
         async for _ in gateway.stub.GenerateStream(request(max_tokens=10)):
             pass
     assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
-    info = details(caught.value)["ErrorInfo"]
-    assert isinstance(info, error_details_pb2.ErrorInfo)
+    info = error_info(caught.value)
     assert info.reason == "SHARD_UNAVAILABLE" and info.metadata["tokens_emitted"] == "3"
     await gateway.channel.close()
     await gateway.server.stop(0)
@@ -192,7 +165,7 @@ async def test_an_inner_bug_is_internal_with_a_fixed_text(
         await fake.stub.Generate(request())
     assert caught.value.code() is grpc.StatusCode.INTERNAL
     assert reason(caught.value) == "INTERNAL"
-    assert "RequestInfo" in details(caught.value)
+    detail(caught.value, error_details_pb2.RequestInfo)
     assert "secret" not in str(caught.value.details())
 
 
@@ -216,7 +189,7 @@ async def test_draining_refuses_new_calls_and_cuts_late_ones(fake: FakeGateway) 
         await fake.stub.Generate(request())
     assert refused.value.code() is grpc.StatusCode.UNAVAILABLE
     assert reason(refused.value) == "DRAINING"
-    assert "RetryInfo" in details(refused.value)
+    detail(refused.value, error_details_pb2.RetryInfo)
     assert not await fake.admission.wait_idle(0.05), "the running stream goes on"
     fake.admission.cut_all(Draining())
     with pytest.raises(grpc.aio.AioRpcError) as cut:
