@@ -64,7 +64,7 @@ def check_adapter(
 
     `max_lora_rank` is the engine's, one of vLLM's choices (vllm/config/lora.py:26). `dtype` is
     the one that the engine keeps adapters in, which is the base model's. Nobody may write to
-    the folder meanwhile. Reads every tensor: a second or so for a gigabyte, so call it in a
+    the folder meanwhile. Reads every tensor once, as fast as the disk gives it: call it in a
     thread.
 
     Raises AdapterInvalid with every finding.

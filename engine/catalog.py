@@ -4,18 +4,18 @@
 
 vLLM sees only our own immutable copy, only after it was checked, and first by `add_lora`,
 whose failure is an answer; the same failure inside `generate` would end the engine for
-everyone (measured.md).
+everyone (ADR 0004).
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from engine.adapters import AdapterFacts, check_adapter
+from engine.base_model import ModuleShapes
 from engine.errors import AdapterInvalid, GenerationFailed
 from engine.generation import ServedVersion
 from engine.pool import ServedAdapter, ServedView
@@ -26,7 +26,7 @@ from store.registry import Registry, VersionRecord
 logger = logging.getLogger(__name__)
 
 LOAD_ATTEMPTS = 2
-"""A failed `add_lora` may be passing; each attempt gets a new id (DESIGN section 5)."""
+"""A failed `add_lora` may be passing; each attempt gets a new id (ADR 0004)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,13 +45,17 @@ class AdapterCatalog:
         self,
         store: ArtifactStore,
         registry: Registry,
-        shapes: Mapping[str, tuple[int, int]],
+        shapes: ModuleShapes,
+        *,
         max_lora_rank: int,
+        dtype: str,
     ) -> None:
+        """`shapes` are the base model's linear modules, `dtype` is what it computes in."""
         self._store = store
         self._registry = registry
         self._shapes = shapes
         self._max_lora_rank = max_lora_rank
+        self._dtype = dtype
         self._served: dict[str, ServedAdapter] = {}
 
     def view(self) -> ServedView:
@@ -73,6 +77,7 @@ class AdapterCatalog:
                     adapter=adapter,
                     shapes=self._shapes,
                     max_lora_rank=self._max_lora_rank,
+                    dtype=self._dtype,
                 )
                 return CheckedAdapter(adapter, staged.commit(), facts)
         except SourceUnusable as error:
@@ -85,9 +90,13 @@ class AdapterCatalog:
         record = await self._registry.register(tenant, checked.adapter, checked.artifact.digest)
         version = await self._load(_served_version(record, checked.artifact), shard)
         self._served[checked.adapter] = ServedAdapter(version.version, {version.version: version})
+        for warning in checked.facts.warnings:
+            logger.warning("adapter %s: %s", checked.adapter, warning)
         logger.info(
             "adapter %s version %d is served: rank %d, digest %s",
-            *(checked.adapter, version.version, checked.facts.rank),
+            checked.adapter,
+            version.version,
+            checked.facts.rank,
             checked.artifact.digest[:12],
         )
         return version

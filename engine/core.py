@@ -54,17 +54,17 @@ class EngineOptions:
             model=str(self.model_path),
             served_model_name=[self.served_model_name],
             dtype=self.dtype,  # type: ignore[arg-type]  # one of vLLM's literals
-            quantization=self.quantization,  # type: ignore[arg-type]
+            quantization=self.quantization,
             max_model_len=self.max_model_len,
             max_num_seqs=self.max_num_seqs,
             gpu_memory_utilization=self.gpu_memory_utilization,
             enable_lora=True,
             max_loras=self.max_loras,
             max_cpu_loras=self.max_cpu_loras,
-            max_lora_rank=self.max_lora_rank,
+            max_lora_rank=self.max_lora_rank,  # type: ignore[arg-type]  # one of vLLM's literals
             otlp_traces_endpoint=self.otlp_endpoint,
             use_tqdm_on_load=False,
-            # vLLM's histograms begin at 0.3 s, too coarse for queue times (reliability.md 0.12).
+            # vLLM's histograms begin at 0.3 s, too coarse for queue times.
             custom_histogram_buckets={"request_latency": list(LATENCY_BUCKETS_S)},
         )
         try:
@@ -95,7 +95,7 @@ class ClientSlot:
     config: VllmConfig
 
     def client_addresses(self) -> dict[str, Any]:
-        """As `AsyncLLM(client_addresses=...)` wants them (vllm/v1/engine/core_client.py:622)."""
+        """As `AsyncLLM(client_addresses=...)` wants them (vllm/v1/engine/core_client.py:630)."""
         return {
             "input_address": self.input_address,
             "output_address": self.output_address,
@@ -126,15 +126,15 @@ class EngineCore:
         self._next_slot = 0
 
     @classmethod
-    async def start(cls, name: str, options: EngineOptions) -> EngineCore:
+    async def start(cls, name: str, config: VllmConfig) -> EngineCore:
         """Start a core and wait until its model is loaded.
 
-        Raises CoreFailed if vLLM refuses the options or the process ends while loading.
+        Raises CoreFailed if the process ends while loading.
         """
-        return await asyncio.to_thread(cls._start, name, options)
+        return await asyncio.to_thread(cls._start, name, config)
 
     @classmethod
-    def _start(cls, name: str, options: EngineOptions) -> EngineCore:
+    def _start(cls, name: str, config: VllmConfig) -> EngineCore:
         from vllm.v1.engine.utils import (
             CoreEngineProcManager,
             bind_engine_zmq_listeners,
@@ -142,7 +142,6 @@ class EngineCore:
         )
         from vllm.v1.executor import Executor
 
-        config = options.build_config()
         listeners = bind_engine_zmq_listeners(config, CLIENT_SLOTS)
         try:
             with (
@@ -195,11 +194,11 @@ class EngineCore:
         )
 
     def exit_reason(self) -> str:
-        """How the core ended, for people. Empty while it runs."""
+        """How the core ended, for people. Blocks for a moment; to be called when it has."""
+        for process in self._processes.processes:
+            process.join(1.0)  # its pipe closes a little before it can be waited for
         ended = [process for process in self._processes.processes if not process.is_alive()]
-        if not ended:
-            return ""
-        code = ended[0].exitcode
+        code = ended[0].exitcode if ended else None
         if code is not None and code < 0:
             return f"killed by {signal.Signals(-code).name}"
         return f"exit code {code}"

@@ -2,7 +2,7 @@
 
 vLLM loads this through the entry point group `vllm.general_plugins`, in every process
 that it runs in (vllm/plugins/__init__.py). A client calls a utility by its method name
-(`EngineCoreProc._handle_client_request`, vllm/v1/engine/core.py:1672), so adding methods
+(`EngineCoreProc._handle_client_request`, vllm/v1/engine/core.py:1674), so adding methods
 is enough: nothing of vLLM's is replaced. They run in the core's own loop, between steps.
 `docs/adr/0002-processes-and-vllm-internals.md` tells why, and
 `tests/contract/test_vllm_internals.py` fails when what they touch moves.
@@ -10,6 +10,7 @@ is enough: nothing of vLLM's is replaced. They run in the core's own loop, betwe
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import threading
 import time
@@ -36,6 +37,8 @@ def gateway_adopt(self: Any, host_pid: int) -> int:
     def watch() -> None:
         while os.getppid() == host_pid:
             time.sleep(PARENT_POLL_S)
+        for executor_process in multiprocessing.active_children():
+            executor_process.kill()
         os._exit(1)
 
     threading.Thread(target=watch, name="gateway-parent-watch", daemon=True).start()

@@ -390,3 +390,4 @@ BUILTIN_MODELS = {
         "SmolLM2-135M-Instruct (Apache-2.0), a small real chat model", 1, _build_smollm2
     ),
 }
+"""By name. A state folder holds `<name>-<revision>` of each that was used."""

@@ -118,7 +118,7 @@ class PromptRenderer:
         self._check_chars(sum(len(message.content) for message in chat.messages))
         from vllm.renderers import ChatParams
 
-        conversation = [{"role": m.role, "content": m.content} for m in chat.messages]
+        conversation: list[Any] = [{"role": m.role, "content": m.content} for m in chat.messages]
         parameters = ChatParams(
             chat_template_content_format="string",
             chat_template_kwargs={"add_generation_prompt": True},

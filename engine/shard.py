@@ -124,7 +124,7 @@ class VllmShard:
     @property
     def info(self) -> ModelInfo:
         """What is served."""
-        from vllm.version import __version__
+        from vllm import __version__ as VLLM_VERSION
 
         model = self._engine.model_config
         return ModelInfo(
@@ -134,7 +134,7 @@ class VllmShard:
             vocab_size=int(model.get_vocab_size()),
             max_model_len=self._max_model_len,
             chat_template=self._renderer.chat_template,
-            engine_version=__version__,
+            engine_version=VLLM_VERSION,
         )
 
     async def render(self, prompt: Prompt) -> RenderedPrompt:
@@ -287,7 +287,7 @@ class VllmShard:
         """Load an adapter into the engine. Only then may `generate` name it.
 
         After a failure the engine forgets the id, because half of it may be in place
-        (reliability.md 0.3); a retry needs a new one. Raises GenerationFailed with vLLM's
+        (ADR 0004); a retry needs a new one. Raises GenerationFailed with vLLM's
         words, or ShardUnavailable after UTILITY_TIMEOUT_S.
         """
         lora = _lora_request(version)
@@ -317,7 +317,7 @@ class VllmShard:
         """
         from vllm.v1.engine.exceptions import EngineDeadError
 
-        self._engine.engine_core.resources.engine_dead = True  # type: ignore[attr-defined]
+        self._engine.engine_core.resources.engine_dead = True
         self._engine.output_processor.propagate_error(EngineDeadError())
 
     def close(self) -> None:

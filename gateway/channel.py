@@ -15,7 +15,7 @@ from gateway.settings import Settings
 
 
 @dataclass(frozen=True, slots=True)
-class Serve:
+class Orders:
     """Host: attach to these cores, bind the public address, take calls."""
 
     slots: Sequence[ClientSlot]
@@ -50,7 +50,7 @@ class ShardDied:
 
 @dataclass(frozen=True, slots=True)
 class Imported:
-    """Worker: imports are done; a `Serve` is answered at once now."""
+    """Worker: imports are done; `Orders` are followed at once now."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +68,7 @@ class Failed:
 Sent = TypeVar("Sent")
 Received = TypeVar("Received")
 
-HostMessage = Serve | ShowView | Drain | ShardDied
+HostMessage = Orders | ShowView | Drain | ShardDied
 WorkerMessage = Imported | Serving | Failed
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,8 +19,8 @@ from engine.generation import (
     TokenLogprob,
 )
 from engine.sampling import violations
-from gateway.settings import ADAPTER_NAME_PATTERN
 from lora_gateway.v1 import inference_pb2 as pb
+from store.registry import NAME
 
 ROLES = ("system", "user", "assistant", "tool")
 MAX_CHAT_MESSAGES = 4096
@@ -31,7 +30,6 @@ MAX_SCHEMA_BYTES = 64 * 1024
 MAX_REGEX_BYTES = 4 * 1024
 MAX_CHOICES = 1024
 
-_ADAPTER_NAME = re.compile(ADAPTER_NAME_PATTERN)
 _FINISH_REASONS = {
     FinishReason.STOP: pb.FINISH_REASON_STOP,
     FinishReason.LENGTH: pb.FINISH_REASON_LENGTH,
@@ -130,8 +128,8 @@ def _prompt_missing(request: pb.GenerateRequest | pb.TokenizeRequest) -> Iterabl
 
 
 def _target_violations(request: pb.GenerateRequest) -> Iterable[Violation]:
-    if request.adapter and not _ADAPTER_NAME.fullmatch(request.adapter):
-        yield Violation("adapter", f"must match {ADAPTER_NAME_PATTERN}")
+    if request.adapter and not NAME.fullmatch(request.adapter):
+        yield Violation("adapter", f"must match {NAME.pattern}")
     if request.HasField("version") and not request.adapter:
         yield Violation("version", "needs an adapter; the base model has no versions")
     if len(request.session_id.encode()) > MAX_SESSION_ID_BYTES:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Sequence
+from typing import Any
 
 import grpc
 from grpc_health.v1 import health_pb2
@@ -28,7 +29,7 @@ class Health(health_aio.HealthServicer):
         self._draining = asyncio.Event()
 
     async def Watch(
-        self, request: health_pb2.HealthCheckRequest, context: grpc.aio.ServicerContext
+        self, request: health_pb2.HealthCheckRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> None:
         watching = asyncio.ensure_future(super().Watch(request, context))
         draining = asyncio.ensure_future(self._draining.wait())

@@ -24,10 +24,11 @@ from engine.catalog import AdapterCatalog
 from engine.core import ClientSlot, EngineCore, EngineOptions
 from engine.errors import CoreFailed
 from engine.models import resolve_model
+from engine.pool import ServedView
 from engine.shard import VllmShard
 from gateway import metrics
 from gateway.call import Principal
-from gateway.channel import Serve, ShardDied
+from gateway.channel import Orders, ShardDied
 from gateway.metrics import MetricsEndpoint
 from gateway.port import HeldPort, PortTaken
 from gateway.settings import Settings
@@ -56,17 +57,18 @@ class Host:
         self._settings = settings
         self._stop = asyncio.Event()
         self._watchers: list[asyncio.Task[None]] = []
-        self._ended: asyncio.Future[asyncio.Task[None]] = asyncio.get_running_loop().create_future()
-        """The first watcher that ended."""
+        self._failure: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        """Fails with the error of the first watcher that fails; never succeeds."""
         self._owned = contextlib.AsyncExitStack()
+        self._catalog: AdapterCatalog | None = None
         self._core: EngineCore | None = None
         self._shard: VllmShard | None = None
         self._fleet: WorkerFleet | None = None
 
     async def run(self) -> int:
-        """Serve until a signal ends it (0) or the core dies (1): the exit code.
+        """Serve until a signal ends it, which is exit code 0.
 
-        Raises the typed error of whatever cannot start.
+        Raises the typed error of whatever cannot start, and CoreFailed when the core dies.
         """
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -75,17 +77,27 @@ class Host:
         async with self._owned:
             self._owned.push_async_callback(self._end_children)
             try:
-                await self._unless_ended(self._start())
-                await self._unless_ended(asyncio.Event().wait())
-            except Stopped:
-                logger.info("draining for at most %g s", self._settings.drain_grace_s)
-                await self._drain(self._settings.drain_delay_s, self._settings.drain_grace_s)
+                await self._serve()
             except CoreFailed:
                 if self._fleet is not None:
                     self._fleet.tell(ShardDied(SHARD_NAME))
-                    await self._drain(0.0, CORE_DEATH_GRACE_S)
+                    await self._fleet.drain(0.0, CORE_DEATH_GRACE_S)
                 raise
         return 0
+
+    async def _serve(self) -> None:
+        """From the start to the end of draining; what fails on the way comes through."""
+        try:
+            await self._unless_failed(self._start())
+            await self._failure  # nothing else ends it
+        except Stopped:
+            self._failure = asyncio.get_running_loop().create_future()
+            if self._fleet is not None:
+                settings = self._settings
+                logger.info("draining for at most %g s", settings.drain_grace_s)
+                await self._unless_failed(
+                    self._fleet.drain(settings.drain_delay_s, settings.drain_grace_s)
+                )
 
     async def _start(self) -> None:
         """Everything up to SERVING, in the order in which it can fail cheaply."""
@@ -110,14 +122,17 @@ class Host:
         self._watch(fleet.run())
 
         shapes = await asyncio.to_thread(base_model_shapes, model_path)
+        config = await asyncio.to_thread(_engine_options(settings, model_path).build_config)
         self._catalog = catalog = AdapterCatalog(
-            ArtifactStore(state.path), registry, shapes, int(settings.max_lora_rank)
+            ArtifactStore(state.path),
+            registry,
+            shapes,
+            max_lora_rank=int(settings.max_lora_rank),
+            dtype=str(config.model_config.dtype).removeprefix("torch."),
         )
         checked = [await catalog.take(*adapter) for adapter in settings.adapter.items()]
 
-        self._core = core = await EngineCore.start(
-            SHARD_NAME, _engine_options(settings, model_path)
-        )
+        self._core = core = await EngineCore.start(SHARD_NAME, config)
         self._watch(_core_end(core))
         self._shard = shard = VllmShard.attach(core.take_slot())
         await shard.call_core("gateway_adopt", os.getpid())
@@ -129,42 +144,38 @@ class Host:
         fleet.open()
         await fleet.wait_serving()
         print(
-            f"lora-gateway SERVING on {port.address}: {self._description()}; "
+            f"lora-gateway SERVING on {port.address}: {self._description(catalog.view())}; "
             f"metrics http://{endpoint.address}/metrics",
             flush=True,
         )
 
-    def _orders(self, listen: str, prints: ModelFingerprints) -> Serve:
+    def _orders(self, listen: str, prints: ModelFingerprints) -> Orders:
         """What a new worker needs, with a fresh slot on the core."""
-        assert self._core is not None
+        assert self._core is not None and self._catalog is not None
         slot = self._core.take_slot()
         metrics.client_slots_left.labels(SHARD_NAME).set(self._core.slots_left)
-        return Serve([slot], listen, self._settings, prints, self._catalog.view())
+        return Orders([slot], listen, self._settings, prints, self._catalog.view())
 
     async def _after_death(self, worker: WorkerProcess, endpoint: MetricsEndpoint) -> None:
         """Clean up after a worker that died: nobody reads what it left in the core."""
         endpoint.forget_process(worker.pid)
         for slot in worker.slots:
-            aborted = await self._abort_client(slot)
-            await asyncio.sleep(LATE_MESSAGES_S)
-            aborted += await self._abort_client(slot)
-            logger.info("aborted %d requests of worker %d", aborted, worker.pid)
+            try:
+                aborted = await self._abort_client(slot)
+                await asyncio.sleep(LATE_MESSAGES_S)
+                aborted += await self._abort_client(slot)
+            except Exception as error:  # costs decoding for nobody, and nothing else
+                logger.error("could not abort what worker %d left: %r", worker.pid, error)
+            else:
+                logger.info("aborted %d requests of worker %d", aborted, worker.pid)
 
     async def _abort_client(self, slot: ClientSlot) -> int:
         assert self._shard is not None
         return int(await self._shard.call_core("gateway_abort_client", slot.index))
 
-    def _description(self) -> str:
-        adapters = [
-            f"{name}@{served.default_version}"
-            for name, served in self._catalog.view().adapters.items()
-        ]
+    def _description(self, view: ServedView) -> str:
+        adapters = [f"{name}@{served.default_version}" for name, served in view.adapters.items()]
         return f"{self._settings.model}, adapters: {', '.join(adapters) or 'none'}"
-
-    async def _drain(self, delay_s: float, grace_s: float) -> None:
-        """End the workers in order, if there are any."""
-        if self._fleet is not None:
-            await self._fleet.drain(delay_s, grace_s)
 
     async def _end_children(self) -> None:
         """End every process that is left: the core in order, whatever else at once."""
@@ -180,22 +191,26 @@ class Host:
         await asyncio.gather(*self._watchers, return_exceptions=True)
 
     def _watch(self, work: Coroutine[Any, Any, None]) -> None:
-        """Run beside everything; its end, or its error, ends the gateway."""
+        """Run `work` beside everything else; if it fails, the gateway does."""
         task = asyncio.create_task(work)
         self._watchers.append(task)
-        task.add_done_callback(lambda ended: self._ended.done() or self._ended.set_result(ended))
+        task.add_done_callback(self._note_failure)
 
-    async def _unless_ended(self, work: Coroutine[Any, Any, None]) -> None:
-        """Do `work`, unless a watcher ends first: then raise the watcher's error."""
+    def _note_failure(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (error := task.exception()) and not self._failure.done():
+            self._failure.set_exception(error)
+
+    async def _unless_failed(self, work: Coroutine[Any, Any, None]) -> None:
+        """Do `work`; if a watcher fails meanwhile, give it up and raise the watcher's error."""
         task = asyncio.create_task(work)
-        await asyncio.wait({task, self._ended}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait((task, self._failure), return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
             if self._core is None:
                 _kill_children()  # a core that loads in a thread cannot be cancelled otherwise
             task.cancel()
-            await asyncio.wait({task})
-            self._ended.result().result()
-        task.result()
+            await asyncio.wait((task,))
+            await self._failure
+        await task
 
     async def _stopped(self) -> None:
         await self._stop.wait()
@@ -213,7 +228,8 @@ async def _core_end(core: EngineCore) -> None:
     finally:
         for sentinel in core.sentinels:
             loop.remove_reader(sentinel)
-    raise CoreFailed(f"{core.name} ended: {core.exit_reason()}; the gateway ends with it")
+    reason = await asyncio.to_thread(core.exit_reason)
+    raise CoreFailed(f"{core.name} ended: {reason}; the gateway ends with it")
 
 
 def _kill_children() -> None:

@@ -85,9 +85,10 @@ class Inference(InferenceServicer):
 
     async def Tokenize(self, request: pb.TokenizeRequest, context: Context) -> pb.TokenizeResponse:
         prompt = codec.decode_tokenize(request)
-        shard = self._pool.route("", None).shard
-        rendered = await shard.render(prompt)
-        tokens = await shard.decode_each(rendered.token_ids) if request.return_tokens else None
+        with self._admission.slot():
+            shard = self._pool.route("", None).shard
+            rendered = await shard.render(prompt)
+            tokens = await shard.decode_each(rendered.token_ids) if request.return_tokens else None
         return pb.TokenizeResponse(
             token_ids=rendered.token_ids,
             tokens=tokens,
@@ -146,7 +147,7 @@ def _started(call: Call, output: Output) -> pb.GenerateStreamResponse:
 
 
 def _served_by(call: Call) -> pb.ServedBy:
-    adapter = "" if call.adapter == BASE_MODEL_LABEL else call.adapter
+    adapter = call.adapter if call.adapter and call.version else ""
     return pb.ServedBy(adapter=adapter, version=call.version, shard=call.shard)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sqlite3
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -44,10 +45,11 @@ def _run(settings: Settings) -> int:
 
     try:
         return uvloop.run(run())
-    except (
-        *(EngineError, PortTaken, WorkerFailed),
-        *(StateFolderUnusable, RegistryUnusable, ArtifactDamaged),
-    ) as error:
+    except (EngineError, PortTaken, WorkerFailed) as error:
+        return _refuse(error)
+    except (StateFolderUnusable, RegistryUnusable, ArtifactDamaged) as error:
+        return _refuse(error)
+    except (OSError, sqlite3.Error) as error:  # a full disk, most likely
         return _refuse(error)
 
 

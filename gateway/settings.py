@@ -9,7 +9,6 @@ from __future__ import annotations
 import ipaddress
 import logging
 import os
-import re
 import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, distribution
@@ -19,9 +18,8 @@ from typing import Annotated, Literal, Self
 from pydantic import AfterValidator, Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, CliApp, NoDecode, SettingsConfigDict
 
-ADAPTER_NAME_PATTERN = r"[a-z0-9][a-z0-9._-]{0,62}"
-MAX_N = 64
-"""Completions per request. vLLM's own limit is 16384, a denial of service in one call."""
+from engine.sampling import MAX_N
+from store.registry import NAME
 
 
 class SettingsError(Exception):
@@ -129,10 +127,8 @@ class Settings(BaseSettings):
             name, equals, path = entry.partition("=")
             if not equals or not path:
                 raise ValueError(f"{entry!r} is no NAME=PATH, for example pirate=./pirate")
-            if not re.fullmatch(ADAPTER_NAME_PATTERN, name):
-                raise ValueError(
-                    f"{name!r} is no adapter name; it must match {ADAPTER_NAME_PATTERN}"
-                )
+            if not NAME.fullmatch(name):
+                raise ValueError(f"{name!r} is no adapter name: {NAME.pattern}")
             if name in adapters:
                 raise ValueError(f"adapter {name!r} is given twice; give each name once")
             adapters[name] = path
@@ -151,6 +147,11 @@ class Settings(BaseSettings):
         ):
             if path is not None and not path.is_file():
                 raise ValueError(f"{flag} {path} is no file")
+        if not self.insecure and not is_loopback(self.metrics_listen):
+            raise ValueError(
+                f"--metrics-listen {self.metrics_listen} is open to others and has no TLS; give "
+                "--insecure if something in front encrypts"
+            )
         if self.tls_cert is None and not self.insecure and not is_loopback(self.listen):
             raise ValueError(
                 f"--listen {self.listen} is open to others and has no TLS; give --tls-cert and "
@@ -203,7 +204,7 @@ def prepare_environment(settings: Settings, metrics_dir: Path) -> None:
     an operator has set stays, but for the two that are needed for correctness.
     """
     os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(metrics_dir)
-    # The default is fork, which is not safe beside grpc's threads (DESIGN section 5).
+    # The default is fork, which is not safe beside grpc's threads (ADR 0002).
     os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
     for name, value in {
         "VLLM_LOGGING_LEVEL": "ERROR",

@@ -1,6 +1,6 @@
 """A worker: one process that serves the public address.
 
-It is started by the host with its imports ahead of need, waits for `Serve`, attaches to the
+It is started by the host with its imports ahead of need, waits for `Orders`, attaches to the
 running cores and takes calls until the host says `Drain` or is gone.
 """
 
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import time
 from multiprocessing.connection import Connection
 
@@ -17,6 +16,7 @@ import uvloop
 from engine.errors import ShardUnavailable
 from engine.pool import ShardPool
 from engine.shard import VllmShard, preload
+from engine.signals import die_with_parent
 from gateway import metrics
 from gateway.admission import Admission, Draining
 from gateway.channel import (
@@ -25,7 +25,7 @@ from gateway.channel import (
     Failed,
     HostMessage,
     Imported,
-    Serve,
+    Orders,
     Serving,
     ShardDied,
     ShowView,
@@ -48,8 +48,9 @@ CUT_TIMEOUT_S = 5.0
 """How long calls get to send their last status after they were cut."""
 
 
-def worker_main(connection: Connection) -> None:
-    """Entry of the process. Signals of the process group are blocked by the host."""
+def worker_main(connection: Connection, host_pid: int) -> None:
+    """Entry of the process. It ends with its host; signals of the process group are blocked."""
+    die_with_parent(host_pid)
     configure_logging()
     preload()
     uvloop.run(_run(connection))
@@ -59,7 +60,7 @@ async def _run(connection: Connection) -> None:
     channel: HostChannel = Channel(connection)
     channel.send(Imported())
     message = await channel.receive()
-    if isinstance(message, Serve):
+    if isinstance(message, Orders):
         try:
             worker = Worker(message)
             await worker.start()
@@ -75,12 +76,12 @@ async def _run(connection: Connection) -> None:
 class Worker:
     """Everything that one worker owns, from attaching to its end."""
 
-    def __init__(self, serve: Serve) -> None:
-        settings = serve.settings
-        self._serve = serve
-        self._shards = [VllmShard.attach(slot) for slot in serve.slots]
+    def __init__(self, orders: Orders) -> None:
+        settings = orders.settings
+        self._orders = orders
+        self._shards = [VllmShard.attach(slot) for slot in orders.slots]
         self._pool = ShardPool(self._shards)
-        self._pool.show(serve.view)
+        self._pool.show(orders.view)
         self._admission = Admission()
         self._tracing = Tracing(settings.otlp_endpoint)
         edge = Edge(
@@ -89,13 +90,15 @@ class Worker:
             settings.default_unary_deadline_s,
             settings.default_stream_deadline_s,
         )
-        card = model_card(settings, self._shards[0].info, serve.fingerprints, self._admission.limit)
+        info = self._shards[0].info
+        card = model_card(settings, info, orders.fingerprints, self._admission.limit)
         inference = Inference(self._pool, self._admission, card)
         self._server = GatewayServer(edge, inference, settings)
+        self._done = asyncio.Event()
 
     async def start(self) -> None:
         """Take calls: bind, answer health with NOT_SERVING, warm up, then SERVING."""
-        self._server.bind(self._serve.listen, self._serve.settings)
+        self._server.bind(self._orders.listen, self._orders.settings)
         await self._server.start()
         for shard in self._shards:
             await shard.warm_up()
@@ -103,8 +106,18 @@ class Worker:
 
     async def run(self, channel: HostChannel) -> None:
         """Follow the host until it says Drain or is gone; then end everything."""
-        watch = asyncio.create_task(self._watch())
+        tasks = [asyncio.create_task(self._watch()), asyncio.create_task(self._follow(channel))]
         try:
+            await self._done.wait()
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            await self._close()
+
+    async def _follow(self, channel: HostChannel) -> None:
+        """Do what the host says, also while draining."""
+        async with asyncio.TaskGroup() as draining:
             while True:
                 match await channel.receive():
                     case ShowView(view):
@@ -112,14 +125,10 @@ class Worker:
                     case ShardDied(name):
                         self._end_shard(name)
                     case Drain(delay_s, grace_s):
-                        await self._drain(delay_s, grace_s)
+                        draining.create_task(self._drain(delay_s, grace_s))
+                    case None:  # the host is gone
+                        self._done.set()
                         return
-                    case None:
-                        logger.error("the host is gone; worker %d ends", os.getpid())
-                        return
-        finally:
-            watch.cancel()
-            await self._close()
 
     def _end_shard(self, name: str) -> None:
         for shard in self._shards:
@@ -138,6 +147,7 @@ class Worker:
         if not await self._admission.wait_idle(grace_s):
             self._admission.cut_all(Draining())
             await self._admission.wait_idle(CUT_TIMEOUT_S)
+        self._done.set()
 
     async def _close(self) -> None:
         await self._server.stop(CUT_TIMEOUT_S)

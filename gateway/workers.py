@@ -10,9 +10,11 @@ import asyncio
 import enum
 import logging
 import multiprocessing
+import os
 from collections.abc import Awaitable, Callable
 
 from engine.core import ClientSlot
+from engine.errors import CoreFailed
 from engine.signals import group_signals_blocked
 from gateway import metrics
 from gateway.channel import (
@@ -21,7 +23,7 @@ from gateway.channel import (
     Failed,
     HostMessage,
     Imported,
-    Serve,
+    Orders,
     Serving,
     ShardDied,
     ShowView,
@@ -33,6 +35,8 @@ logger = logging.getLogger(__name__)
 
 WorkerChannel = Channel[HostMessage, WorkerMessage]
 
+RETRY_DELAY_S = 5.0
+"""Pause after a replacement could not serve, before the next is tried."""
 EXIT_TIMEOUT_S = 20.0
 """How long a worker gets to exit after its grace before it is killed."""
 
@@ -75,7 +79,7 @@ class WorkerProcess:
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
         self._process = context.Process(
-            target=worker_main, args=(theirs,), name="gateway-worker", daemon=True
+            target=worker_main, args=(theirs, os.getpid()), name="gateway-worker", daemon=True
         )
         with group_signals_blocked():
             self._process.start()
@@ -83,8 +87,8 @@ class WorkerProcess:
         self.channel: WorkerChannel = Channel(ours)
         self.state = WorkerState.IMPORTING
         self.slots: list[ClientSlot] = []
-        self.ended = asyncio.Event()
-        asyncio.get_running_loop().add_reader(self._process.sentinel, self._on_end)
+        self.failure = ""
+        """Why it could not serve, in its own words."""
 
     @property
     def pid(self) -> int:
@@ -97,10 +101,6 @@ class WorkerProcess:
         if state not in TRANSITIONS[self.state]:
             raise ValueError(f"worker {self.pid} cannot go from {self.state} to {state}")
         self.state = state
-
-    def _on_end(self) -> None:
-        asyncio.get_running_loop().remove_reader(self._process.sentinel)
-        self.ended.set()
 
     def kill(self) -> None:
         """End the process at once."""
@@ -116,28 +116,32 @@ class WorkerProcess:
 
 
 class WorkerFleet:
-    """All workers of the host. `run` owns them until it is cancelled or told to drain."""
+    """All workers of the host. `run` owns them until they are drained."""
 
     def __init__(
         self,
         count: int,
-        prepare: Callable[[], Serve],
-        release: Callable[[WorkerProcess], Awaitable[None]],
+        make_orders: Callable[[], Orders],
+        after_death: Callable[[WorkerProcess], Awaitable[None]],
     ) -> None:
-        """`prepare` makes the orders of a new worker, with fresh slots; `release` cleans up
-        in the cores after one that died."""
+        """`make_orders` is asked for each worker that is put to work, and takes fresh slots;
+        it may raise CoreFailed. `after_death` cleans up after one that died."""
         self._count = count
-        self._prepare = prepare
-        self._release = release
+        self._make_orders = make_orders
+        self._after_death = after_death
         self._workers: set[WorkerProcess] = set()
         self._tasks: asyncio.TaskGroup | None = None
         self._changed = asyncio.Event()
         self._open = False
-        """Whether workers may be put to work: not before the cores run, not while draining."""
+        """Whether workers may be put to work: not before the cores run."""
         self._draining = False
 
     async def run(self) -> None:
-        """Keep the fleet at its number. Raises WorkerFailed if a worker cannot serve."""
+        """Keep the fleet at its number until it is drained.
+
+        Raises WorkerFailed if a worker cannot serve while none does, and CoreFailed if no
+        slot is left for one then.
+        """
         try:
             async with asyncio.TaskGroup() as tasks:
                 self._tasks = tasks
@@ -159,27 +163,29 @@ class WorkerFleet:
             await self._changed.wait()
 
     def tell(self, message: ShowView | ShardDied) -> None:
-        """Tell every worker that serves."""
+        """Tell every worker that serves, is about to, or still finishes its calls."""
         for worker in self._workers:
-            if worker.state is WorkerState.SERVING:
+            if worker.slots:
                 worker.channel.send(message)
 
     async def drain(self, delay_s: float, grace_s: float) -> None:
-        """End all workers: those that serve get `grace_s` for their running calls."""
+        """End all workers: those that serve get `grace_s` for their running calls.
+
+        May be called again with less time while it runs.
+        """
         self._draining = True
         for worker in self._workers:
             if worker.state is WorkerState.SERVING:
                 worker.channel.send(Drain(delay_s, grace_s))
-            else:
+                worker.move(WorkerState.DRAINING)
+            elif worker.state is not WorkerState.DRAINING:
                 worker.kill()  # has no calls
-            worker.move(WorkerState.DRAINING)
         self._note_change()
         try:
             await asyncio.wait_for(self._drained(), delay_s + grace_s + EXIT_TIMEOUT_S)
         except TimeoutError:
-            for worker in self._workers:
-                logger.error("worker %d did not end in time; killed", worker.pid)
-                worker.kill()
+            logger.error("%d workers did not end in time; killed", len(self._workers))
+            self.kill()
             await self._drained()
 
     def kill(self) -> None:
@@ -201,41 +207,38 @@ class WorkerFleet:
 
     async def _own(self, worker: WorkerProcess) -> None:
         """Follow one worker from its start to its end, and see to its successor."""
-        listening = asyncio.ensure_future(self._listen(worker))
-        ended = asyncio.ensure_future(worker.ended.wait())
         try:
-            await asyncio.wait({listening, ended}, return_when=asyncio.FIRST_COMPLETED)
-            if listening.done():
-                listening.result()  # a worker that says Failed ends the fleet
-            await ended
+            await self._listen(worker)  # ends when the worker does
         finally:
-            listening.cancel()
-            ended.cancel()
             worker.kill()
             died_in, code = worker.state, worker.reap()
             worker.move(WorkerState.ENDED)
             self._workers.discard(worker)
             self._note_change()
-        if not self._draining:
-            metrics.worker_deaths.inc()
-            logger.error("worker %d died while %s (exit code %s)", worker.pid, died_in.value, code)
-            self._assign()
-            await self._release(worker)
+        if self._draining:
+            return
+        metrics.worker_deaths.inc()
+        logger.error("worker %d died while %s (exit code %s)", worker.pid, died_in.value, code)
+        if died_in is not WorkerState.SERVING:
+            if not self._number(WorkerState.SERVING):
+                raise WorkerFailed(worker.failure or f"worker ended while {died_in.value}")
+            await asyncio.sleep(RETRY_DELAY_S)  # what stopped it may stop the next as well
+        self._assign()
+        await self._after_death(worker)
 
     async def _listen(self, worker: WorkerProcess) -> None:
         while (message := await worker.channel.receive()) is not None:
             match message:
                 case Imported() if worker.state is WorkerState.IMPORTING:
                     worker.move(WorkerState.STANDBY)
-                    self._assign()
                 case Serving() if worker.state is WorkerState.ATTACHING:
                     worker.move(WorkerState.SERVING)
                     for slot in worker.slots:
                         slot.close()  # the worker has its own copy of the listeners now
                     logger.info("worker %d is serving", worker.pid)
-                    self._assign()
                 case Failed(reason):
-                    raise WorkerFailed(reason)
+                    worker.failure = reason
+            self._assign()
             self._note_change()
 
     def _assign(self) -> None:
@@ -244,20 +247,27 @@ class WorkerFleet:
             return
         busy = self._number(WorkerState.SERVING) + self._number(WorkerState.ATTACHING)
         for worker in list(self._workers):
-            if busy < self._count and worker.state is WorkerState.STANDBY:
-                orders = self._prepare()
-                worker.slots = list(orders.slots)
-                worker.channel.send(orders)
-                worker.move(WorkerState.ATTACHING)
+            if busy < self._count and worker.state is WorkerState.STANDBY and self._order(worker):
                 busy += 1
+        idle = self._number(WorkerState.IMPORTING) + self._number(WorkerState.STANDBY)
         # The reserve starts last: its imports would slow down those that are needed now.
-        if self._number(WorkerState.SERVING) == self._count or self._missing(busy):
-            while len(self._workers) < self._count + 1:
-                self._spawn()
+        reserve = 1 if self._number(WorkerState.SERVING) == self._count else 0
+        for _ in range(self._count + reserve - busy - idle):
+            self._spawn()
 
-    def _missing(self, busy: int) -> bool:
-        waiting = self._number(WorkerState.IMPORTING) + self._number(WorkerState.STANDBY)
-        return busy + waiting < self._count
+    def _order(self, worker: WorkerProcess) -> bool:
+        """Put one worker to work. False if there is no slot for it, and others serve on."""
+        try:
+            orders = self._make_orders()
+        except CoreFailed:
+            if not self._number(WorkerState.SERVING):
+                raise
+            logger.critical("no client slot is left; restart the gateway at a quiet moment")
+            return False
+        worker.slots = list(orders.slots)
+        worker.channel.send(orders)
+        worker.move(WorkerState.ATTACHING)
+        return True
 
     def _number(self, state: WorkerState) -> int:
         return sum(worker.state is state for worker in self._workers)

@@ -16,7 +16,7 @@ import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import grpc
 from google.protobuf.message import DecodeError, Message
@@ -32,6 +32,7 @@ from gateway.tracing import Tracing
 logger = logging.getLogger(__name__)
 
 Context = grpc.aio.ServicerContext[Any, Any]
+Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"  # generic in its stubs alone
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,9 +54,9 @@ class EdgeInterceptor(grpc.aio.ServerInterceptor):
 
     async def intercept_service(
         self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler]],
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]],
         handler_call_details: grpc.HandlerCallDetails,
-    ) -> grpc.RpcMethodHandler:
+    ) -> Handler | None:
         handler = await continuation(handler_call_details)
         if handler is None or not handler_call_details.method.startswith(self._prefixes):
             return handler
@@ -63,7 +64,7 @@ class EdgeInterceptor(grpc.aio.ServerInterceptor):
         return wrap(handler, method, self._edge)
 
 
-def wrap(handler: Any, method: str, edge: Edge) -> grpc.RpcMethodHandler:
+def wrap(handler: Any, method: str, edge: Edge) -> Handler:
     """The handler with the edge around it. Takes raw bytes, so that parsing is ours too:
     grpc.aio itself answers a message that does not parse with UNKNOWN and its own internals."""
     parse = handler.request_deserializer
@@ -136,11 +137,11 @@ async def _call(
         # With nobody having cancelled us an inner task died. grpc would send no status at
         # all then, and the client would wait for its deadline (grpc#29248).
         status = status_of(call.cut_by or cancelled, call)
-        code = code_pb2.Code.Name(status.code)  # type: ignore[arg-type]
+        code = code_pb2.Code.Name(status.code)
         await _abort(context, call, status, cancelled)
     except Exception as error:
         status = status_of(error, call)
-        code = code_pb2.Code.Name(status.code)  # type: ignore[arg-type]
+        code = code_pb2.Code.Name(status.code)
         await _abort(context, call, status, error)
     finally:
         metrics.inflight.dec()

@@ -242,18 +242,16 @@ def _open_source(folder: int, source: Path, name: str, limit_bytes: int) -> Bina
         raise SourceUnusable(
             f"{source / name} cannot be opened ({error.strerror}); let the gateway read it"
         ) from error
-    file = os.fdopen(descriptor, "rb", buffering=0)
     status = os.fstat(descriptor)
+    if stat.S_ISREG(status.st_mode) and status.st_size <= limit_bytes:
+        return os.fdopen(descriptor, "rb", buffering=0)
+    os.close(descriptor)
     if not stat.S_ISREG(status.st_mode):
-        file.close()
         raise SourceUnusable(f"{source / name} is no regular file; copy the adapter's files there")
-    if status.st_size > limit_bytes:
-        file.close()
-        raise SourceUnusable(
-            f"{source / name} has {status.st_size} bytes, the limit is {limit_bytes}; "
-            "an adapter needs less: save it with PEFT's save_pretrained"
-        )
-    return file
+    raise SourceUnusable(
+        f"{source / name} has {status.st_size} bytes, the limit is {limit_bytes}; "
+        "an adapter needs less: save it with PEFT's save_pretrained"
+    )
 
 
 def _missing(folder: int, source: Path, name: str) -> str:

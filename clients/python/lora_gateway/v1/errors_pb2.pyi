@@ -114,7 +114,7 @@ class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     Example, as `grpcurl` prints it:
 
         Code: NotFound
-        Message: adapter "suport" is unknown; served here: pirate
+        Message: adapter 'suport' is unknown; served here: pirate
         Details: {"@type": "type.googleapis.com/google.rpc.ErrorInfo",
                   "reason": "ADAPTER_NOT_FOUND", "domain": "lora-gateway",
                   "metadata": {"adapter": "suport"}}

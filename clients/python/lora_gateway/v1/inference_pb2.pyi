@@ -69,7 +69,8 @@ class GenerateRequest(google.protobuf.message.Message):
     Format `[a-z0-9][a-z0-9._-]{0,62}`.
     """
     version: builtins.int
-    """version picks a version of the adapter. Unset: the traffic split decides.
+    """version picks a version of the adapter. Unset: the one that is served by
+    default; where traffic is split, the split decides.
     Must be unset without `adapter`.
     """
     text: builtins.str
@@ -87,7 +88,8 @@ class GenerateRequest(google.protobuf.message.Message):
     session_id: builtins.str
     """session_id keeps a caller on one arm of a traffic split: equal ids get the
     same version while the split does not change. Empty (the default): each
-    request is placed by its own id. At most 128 bytes.
+    request is placed by its own id. Where one version serves all traffic it
+    changes nothing. At most 128 bytes.
     """
     @property
     def token_ids(self) -> Global___TokenIds:
