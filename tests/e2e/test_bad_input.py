@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import grpc
 import pytest
@@ -176,7 +178,7 @@ RAW = {
 
 
 @pytest_asyncio.fixture(autouse=True)
-async def engine_serves_on(channel: grpc.aio.Channel) -> object:
+async def engine_serves_on(channel: grpc.aio.Channel) -> AsyncIterator[None]:
     """After every case the same engine answers a good request."""
     yield
     answer = await InferenceStub(channel).Generate(
@@ -208,9 +210,9 @@ async def test_bad_request(channel: grpc.aio.Channel, name: str, method: str) ->
 
 @pytest.mark.parametrize("name", RAW)
 async def test_bytes_that_are_no_message(channel: grpc.aio.Channel, name: str) -> None:
-    call = channel.unary_unary("/lora_gateway.v1.Inference/Generate")
+    call: Any = channel.unary_unary("/lora_gateway.v1.Inference/Generate")
     with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await call(RAW[name], timeout=20)  # type: ignore[arg-type]
+        await call(RAW[name], timeout=20)
     assert caught.value.code() is INVALID
     assert error_info(caught.value).reason == "MALFORMED_MESSAGE"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
 
 import grpc
 import pytest
@@ -15,12 +16,14 @@ RUNNING = "vllm:num_requests_running"
 """The engine core's own scheduler statistics, sent with each step."""
 
 
-def endless(**sampling: int) -> pb.GenerateRequest:
+def endless(logprobs: int | None = None, n: int = 1) -> pb.GenerateRequest:
     """A request that runs until the context is full."""
     return pb.GenerateRequest(
         text="Tell me everything",
         adapter="alpha",
-        sampling=pb.SamplingParams(max_tokens=1990, temperature=1, ignore_eos=True, **sampling),
+        sampling=pb.SamplingParams(
+            max_tokens=1990, temperature=1, ignore_eos=True, logprobs=logprobs, n=n
+        ),
     )
 
 
@@ -36,7 +39,7 @@ async def until_running(gateway: GatewayProcess, count: int) -> None:
 
 
 @pytest.fixture
-async def witness(gateway: GatewayProcess) -> asyncio.Task[None]:
+async def witness(gateway: GatewayProcess) -> AsyncIterator[None]:
     """A stream that runs all the time, so that the core sends its statistics at each step."""
 
     async def run() -> None:
@@ -47,7 +50,7 @@ async def witness(gateway: GatewayProcess) -> asyncio.Task[None]:
 
     task = asyncio.create_task(run())
     await until_running(gateway, 1)
-    yield task
+    yield
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
     await until_running(gateway, 0)

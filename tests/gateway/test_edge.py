@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from typing import Any
 
 import grpc
 import pytest
@@ -22,11 +23,11 @@ GENERATE = "/lora_gateway.v1.Inference/Generate"
 STREAM = "/lora_gateway.v1.Inference/GenerateStream"
 
 
-def request(
-    text: str = "one two three", max_tokens: int = 4, **fields: object
-) -> pb.GenerateRequest:
+def request(max_tokens: int = 4, adapter: str = "") -> pb.GenerateRequest:
     return pb.GenerateRequest(
-        text=text, sampling=pb.SamplingParams(max_tokens=max_tokens, temperature=0), **fields
+        text="one two three",
+        adapter=adapter,
+        sampling=pb.SamplingParams(max_tokens=max_tokens, temperature=0),
     )
 
 
@@ -61,9 +62,11 @@ async def test_malformed_bytes_are_invalid_argument(
     """The last two are invalid UTF-8 in `text` and in `adapter`."""
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         if method == GENERATE:
-            await fake.channel.unary_unary(method)(raw)
+            unary: Any = fake.channel.unary_unary(method)
+            await unary(raw)
         else:
-            async for _ in fake.channel.unary_stream(method)(raw):
+            stream: Any = fake.channel.unary_stream(method)
+            async for _ in stream(raw):
                 pass
     assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
     assert reason(caught.value) == "MALFORMED_MESSAGE"
@@ -201,7 +204,7 @@ async def test_draining_refuses_new_calls_and_cuts_late_ones(fake: FakeGateway) 
 
 
 async def test_health_watchers_end_when_the_server_drains(fake: FakeGateway) -> None:
-    health = HealthStub(fake.channel)
+    health: Any = HealthStub(fake.channel)
     for service in ("", "lora_gateway.v1.Inference"):
         answer = await health.Check(health_pb2.HealthCheckRequest(service=service))
         assert answer.status == health_pb2.HealthCheckResponse.SERVING
@@ -217,7 +220,7 @@ async def test_health_watchers_end_when_the_server_drains(fake: FakeGateway) -> 
 
 @pytest.mark.parametrize("version", ["v1", "v1alpha"])
 async def test_reflection_answers_under_both_names(fake: FakeGateway, version: str) -> None:
-    call = fake.channel.stream_stream(
+    call: Any = fake.channel.stream_stream(
         f"/grpc.reflection.{version}.ServerReflection/ServerReflectionInfo",
         request_serializer=reflection_pb2.ServerReflectionRequest.SerializeToString,
         response_deserializer=reflection_pb2.ServerReflectionResponse.FromString,
