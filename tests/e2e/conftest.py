@@ -27,7 +27,7 @@ def adapters(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Mapp
     return {
         "alpha": write_tiny_adapter(folder / "alpha", tiny_model, seed=1, rank=8),
         "beta": write_tiny_adapter(folder / "beta", tiny_model, seed=2, rank=8),
-        "gamma": write_tiny_adapter(folder / "gamma", tiny_model, seed=3, rank=16, rslora=True),
+        "pirate": write_tiny_adapter(folder / "pirate", tiny_model, seed=3, rank=16, rslora=True),
     }
 
 

@@ -64,7 +64,7 @@ CASES = {
     "no messages": Case(chat(), INVALID, "PROMPT_MISSING", "add a user message"),
     "unknown adapter": Case(
         pb.GenerateRequest(text="hello", adapter="delta"),
-        *(NOT_FOUND, "ADAPTER_NOT_FOUND", "served here: alpha, beta, gamma"),
+        *(NOT_FOUND, "ADAPTER_NOT_FOUND", "served here: alpha, beta, pirate"),
     ),
     "unknown version": Case(
         pb.GenerateRequest(text="hello", adapter="alpha", version=99),
