@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import multiprocessing
 import signal
 import socket
 from collections.abc import Callable
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.engine.utils import CoreEngineProcManager, EngineZmqListeners
 
+CORE_PROCESS_NAME = "EngineCore"
+"""vLLM's name of the process (vllm/v1/engine/utils.py:280)."""
 CLIENT_SLOTS = 64
 """Slots bound per core: one for the host, one for each worker that ever lives."""
 STOP_TIMEOUT_S = 15.0
@@ -129,9 +132,20 @@ class EngineCore:
     async def start(cls, name: str, config: VllmConfig) -> EngineCore:
         """Start a core and wait until its model is loaded.
 
-        Raises CoreFailed if the process ends while loading.
+        Raises CoreFailed if the process ends while loading. Cancelled, it ends the process.
         """
-        return await asyncio.to_thread(cls._start, name, config)
+        starting = asyncio.ensure_future(asyncio.to_thread(cls._start, name, config))
+        try:
+            return await asyncio.shield(starting)
+        except asyncio.CancelledError:
+            while not starting.done():  # vLLM's start waits in a thread, and cannot be told
+                for child in multiprocessing.active_children():
+                    if child.name == CORE_PROCESS_NAME:
+                        child.kill()
+                await asyncio.wait({starting}, timeout=0.2)
+            if starting.exception() is None:
+                await starting.result().stop()
+            raise
 
     @classmethod
     def _start(cls, name: str, config: VllmConfig) -> EngineCore:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import multiprocessing
 import os
 import signal
 from collections.abc import Coroutine
@@ -79,6 +78,8 @@ class Host:
             try:
                 await self._serve()
             except CoreFailed:
+                if self._shard is not None:
+                    self._shard.declare_dead()  # nobody is there to be asked to stop
                 if self._fleet is not None:
                     self._fleet.tell(ShardDied(SHARD_NAME))
                     await self._fleet.drain(0.0, CORE_DEATH_GRACE_S)
@@ -144,8 +145,8 @@ class Host:
         fleet.open()
         await fleet.wait_serving()
         print(
-            f"lora-gateway SERVING on {port.address}: {self._description(catalog.view())}; "
-            f"metrics http://{endpoint.address}/metrics",
+            f"lora-gateway SERVING on {port.address}: {settings.model}, "
+            f"adapters: {_adapter_names(catalog.view())}; metrics http://{endpoint.address}/metrics",
             flush=True,
         )
 
@@ -173,10 +174,6 @@ class Host:
         assert self._shard is not None
         return int(await self._shard.call_core("gateway_abort_client", slot.index))
 
-    def _description(self, view: ServedView) -> str:
-        adapters = [f"{name}@{served.default_version}" for name, served in view.adapters.items()]
-        return f"{self._settings.model}, adapters: {', '.join(adapters) or 'none'}"
-
     async def _end_children(self) -> None:
         """End every process that is left: the core in order, whatever else at once."""
         for watcher in self._watchers:
@@ -187,7 +184,6 @@ class Host:
             shard = self._shard
             await self._core.stop(lambda: shard.call_core("gateway_stop"))
             shard.close()
-        _kill_children()
         await asyncio.gather(*self._watchers, return_exceptions=True)
 
     def _watch(self, work: Coroutine[Any, Any, None]) -> None:
@@ -205,8 +201,6 @@ class Host:
         task = asyncio.create_task(work)
         await asyncio.wait((task, self._failure), return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
-            if self._core is None:
-                _kill_children()  # a core that loads in a thread cannot be cancelled otherwise
             task.cancel()
             await asyncio.wait((task,))
             await self._failure
@@ -232,9 +226,9 @@ async def _core_end(core: EngineCore) -> None:
     raise CoreFailed(f"{core.name} ended: {reason}; the gateway ends with it")
 
 
-def _kill_children() -> None:
-    for child in multiprocessing.active_children():
-        child.kill()
+def _adapter_names(view: ServedView) -> str:
+    names = [f"{name}@{served.default_version}" for name, served in view.adapters.items()]
+    return ", ".join(names) or "none"
 
 
 def _engine_options(settings: Settings, model_path: Path) -> EngineOptions:

@@ -142,6 +142,7 @@ def test_sources_hold_what_no_signature_shows() -> None:
         (AsyncLLM.__init__, "self.output_processor"),
         (AsyncLLM.__init__, "self.renderer"),
         (CoreEngineProcManager.__init__, "self.processes"),
+        (CoreEngineProcManager.__init__, 'else "EngineCore"'),
         (Scheduler.__init__, "self.requests"),
         # A client that is attached learns of its core's death from this flag alone.
         (AsyncMPClient.ensure_alive, "self.resources.engine_dead"),
