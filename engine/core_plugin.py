@@ -10,6 +10,7 @@ is enough: nothing of vLLM's is replaced. They run in the core's own loop, betwe
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
 import threading
@@ -23,6 +24,9 @@ PARENT_POLL_S = 0.5
 def register() -> None:
     """Add the utilities. vLLM may call this more than once in a process."""
     from vllm.v1.engine.core import EngineCoreProc
+
+    # It warns that there is no Triton, in every process; on a CPU there is none.
+    logging.getLogger("torch._library.triton").setLevel(logging.ERROR)
 
     for utility in (gateway_adopt, gateway_abort_client, gateway_stop):
         setattr(EngineCoreProc, utility.__name__, utility)

@@ -21,6 +21,8 @@ from engine.errors import (
     Violation,
 )
 from engine.generation import (
+    Chat,
+    ChatMessage,
     Delta,
     FinishReason,
     GenerationRequest,
@@ -271,7 +273,13 @@ class VllmShard:
         return FinishReason(reason)
 
     async def warm_up(self) -> None:
-        """Generate one token, so that the first caller does not pay for first times."""
+        """Generate one token, so that the first caller does not pay for first times.
+
+        A chat template is compiled at its first use, which took 0.5 s.
+        """
+        if self._renderer.chat_template:
+            with contextlib.suppress(InvalidRequest):
+                await self.render(Chat([ChatMessage("user", "warm up")]))
         request = GenerationRequest(
             request_id=f"warm-up-{uuid.uuid4().hex}",
             prompt="warm up",

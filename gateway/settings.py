@@ -243,5 +243,5 @@ def configure_logging() -> None:
     )
     for package in ("gateway", "engine", "store"):
         logging.getLogger(package).setLevel(logging.INFO)
-    for package in ("vllm", "torch"):
-        logging.getLogger(package).setLevel(logging.ERROR)
+    for library in ("vllm", "torch", "torch._library.triton"):
+        logging.getLogger(library).setLevel(logging.ERROR)
