@@ -10,6 +10,7 @@ import pytest
 import pytest_asyncio
 
 from engine.models import resolve_model
+from tests.collector import Collector
 from tests.e2e.gateway_process import GatewayProcess, gateway_process
 from tests.tiny_adapter import write_tiny_adapter
 
@@ -32,12 +33,23 @@ def adapters(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Mapp
 
 
 @pytest.fixture(scope="session")
+def collector() -> Iterator[Collector]:
+    """Where the shared gateway sends its spans."""
+    collector = Collector()
+    yield collector
+    collector.close()
+
+
+@pytest.fixture(scope="session")
 def gateway(
-    adapters: Mapping[str, Path], tmp_path_factory: pytest.TempPathFactory
+    adapters: Mapping[str, Path], collector: Collector, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[GatewayProcess]:
     """The shared gateway. Tests must leave it serving."""
     with gateway_process(
-        tmp_path_factory.mktemp("gateway"), workers=2, adapters=adapters
+        tmp_path_factory.mktemp("gateway"),
+        workers=2,
+        adapters=adapters,
+        extra=["--otlp-endpoint", collector.endpoint],
     ) as process:
         yield process
 
