@@ -3,7 +3,7 @@
     python examples/train_pirate.py
 
 Plain transformers and PEFT, to show that nothing about an adapter for the gateway is special.
-The same seed on the same machine gives the same adapter.
+The seed is fixed; another processor may still round its way to a slightly different adapter.
 """
 
 from __future__ import annotations
