@@ -41,6 +41,7 @@ class FakeGateway:
     server: GatewayServer
     channel: grpc.aio.Channel
     stub: InferenceAsyncStub
+    address: str
 
 
 async def start_fake_gateway(
@@ -64,7 +65,9 @@ async def start_fake_gateway(
     await server.start()
     await server.health.serving()
     channel = grpc.aio.insecure_channel(f"127.0.0.1:{port}")
-    return FakeGateway(shard, admission, server, channel, InferenceStub(channel))
+    return FakeGateway(
+        shard, admission, server, channel, InferenceStub(channel), f"127.0.0.1:{port}"
+    )
 
 
 @pytest_asyncio.fixture
