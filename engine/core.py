@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from engine.errors import CoreFailed
+from engine.errors import CoreFailed, SlotsUsedUp
 from engine.signals import group_signals_blocked
 
 if TYPE_CHECKING:
@@ -189,9 +189,9 @@ class EngineCore:
         return CLIENT_SLOTS - self._next_slot
 
     def take_slot(self) -> ClientSlot:
-        """The next fresh slot. Raises CoreFailed when all are used."""
+        """The next fresh slot. Raises SlotsUsedUp."""
         if not self.slots_left:
-            raise CoreFailed(f"all {CLIENT_SLOTS} client slots of {self.name} are used up")
+            raise SlotsUsedUp(f"all {CLIENT_SLOTS} client slots of {self.name} are used up")
         assert self._listeners is not None, "a core that was stopped has no slots"
         index = self._next_slot
         self._next_slot += 1

@@ -3,6 +3,7 @@
     EngineError
     ├── ModelNotFound            --model names nothing that can be served
     ├── CoreFailed               an engine core did not start, or died
+    ├── SlotsUsedUp              a core has no client slot left for another process
     ├── InvalidRequest           the caller's fault; carries every violation found
     │   ├── PromptMissing
     │   ├── PromptTooLong
@@ -37,6 +38,10 @@ class CoreFailed(EngineError):
     """An engine core did not start, or died. The message names the cause if known."""
 
 
+class SlotsUsedUp(EngineError):
+    """A core has no client slot left for another process; it serves those that it has."""
+
+
 @dataclass(frozen=True, slots=True)
 class Violation:
     """One thing that is wrong with a request."""
@@ -47,12 +52,25 @@ class Violation:
     """What is wrong and what would be right."""
 
 
+MAX_VIOLATIONS = 16
+MAX_DESCRIPTION_CHARS = 200
+"""They travel in response trailers, and a client's gRPC refuses trailers of over 8 KiB."""
+
+
 class InvalidRequest(EngineError):
-    """The request breaks its contract. Catch it to tell the caller all violations at once."""
+    """The request breaks its contract. Catch it to tell the caller all violations at once.
+
+    Keeps the first MAX_VIOLATIONS. The text is the first one's, with how many more there are.
+    """
 
     def __init__(self, *violations: Violation, metadata: dict[str, str] | None = None) -> None:
-        super().__init__("; ".join(f"{v.field}: {v.description}" for v in violations))
-        self.violations: Sequence[Violation] = violations
+        self.violations: Sequence[Violation] = [
+            Violation(v.field[:MAX_DESCRIPTION_CHARS], v.description[:MAX_DESCRIPTION_CHARS])
+            for v in violations[:MAX_VIOLATIONS]
+        ]
+        first = self.violations[0]
+        more = f" (and {len(violations) - 1} more)" if len(violations) > 1 else ""
+        super().__init__(f"{first.field}: {first.description}{more}")
         self.metadata = metadata or {}
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from engine.errors import Violation
+from engine.errors import InvalidRequest, Violation
 
 if TYPE_CHECKING:
     from vllm import SamplingParams
@@ -55,14 +55,23 @@ _RANGES: Mapping[str, _Range] = {
     "logprobs": _Range(0, MAX_LOGPROBS),
     "prompt_logprobs": _Range(0, MAX_LOGPROBS),
 }
-_LENGTHS: Mapping[str, int] = {
+MAX_ENTRIES: Mapping[str, int] = {
     "stop": 32,
-    "stop_token_ids": 128,
-    "logprob_token_ids": 128,
+    # Beyond these vLLM's GPU runner raises inside a step, which ends the engine for everyone
+    # (vllm/v1/worker/gpu/sample/logit_bias.py:16; with the model's eos ids, stop ids count twice).
+    "stop_token_ids": 64,
     "logit_bias": 1024,
-    "allowed_token_ids": 65536,
+    "allowed_token_ids": 1024,
+    "logprob_token_ids": 128,
     "bad_words": 128,
 }
+"""Entries that a list or map may have."""
+MAX_BAD_WORDS_BYTES = 480
+"""Of all bad words together. vLLM's GPU runner holds 1024 tokens of them and ends the engine
+at one more (bad_words.py:60); each word counts twice, with and without a leading space."""
+MAX_SEED = 2**63 - 1
+MAX_UNARY_LOGPROBS = 200_000
+"""Log probabilities in one message: they are built on the event loop, at 10 us each."""
 _STRING_BYTES: Mapping[str, int] = {"stop": 1024, "bad_words": 256}
 _TOKEN_ID_FIELDS = ("stop_token_ids", "logprob_token_ids", "allowed_token_ids", "logit_bias")
 LOGIT_BIAS_RANGE = _Range(-100, 100)
@@ -78,9 +87,11 @@ def _violations(sampling: Mapping[str, Any], vocab_size: int) -> Iterator[tuple[
         value = sampling.get(name)
         if value is not None and not allowed.allows(value):
             yield name, f"must be {allowed}, is {value:g}"
-    for name, most in _LENGTHS.items():
-        if len(sampling.get(name, ())) > most:
-            yield name, f"may have {most} entries, has {len(sampling[name])}"
+    too_long = [name for name, most in MAX_ENTRIES.items() if len(sampling.get(name, ())) > most]
+    if too_long:  # their entries are not looked at: there may be millions
+        for name in too_long:
+            yield name, f"may have at most {MAX_ENTRIES[name]} entries"
+        return
     for name, most in _STRING_BYTES.items():
         for index, text in enumerate(sampling.get(name, ())):
             if not 1 <= len(text.encode()) <= most:
@@ -98,6 +109,12 @@ def _violations(sampling: Mapping[str, Any], vocab_size: int) -> Iterator[tuple[
 def _contradictions(sampling: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     if sampling.get("n", 1) > 1 and sampling.get("temperature") == 0:
         yield "n", "more than one completion needs temperature above 0; greedy ones are equal"
+    if sampling.get("seed") == -1:
+        yield "seed", "-1 means no seed to vLLM; leave it unset for that"
+    if sampling.get("seed", 0) + sampling.get("n", 1) - 1 > MAX_SEED:
+        yield "seed", "is too large: completion k uses seed + k"
+    if sum(len(word.encode()) for word in sampling.get("bad_words", ())) > MAX_BAD_WORDS_BYTES:
+        yield "bad_words", f"may have {MAX_BAD_WORDS_BYTES} bytes together"
     if "max_tokens" in sampling and sampling.get("min_tokens", 0) > sampling["max_tokens"]:
         yield "min_tokens", f"must not exceed max_tokens, which is {sampling['max_tokens']}"
     if sampling.get("stop") and sampling.get("detokenize") is False:
@@ -120,12 +137,18 @@ def _contradictions(sampling: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def build_params(
-    sampling: Mapping[str, Any], *, stream: bool, tokens_per_delta: int, room_tokens: int
+    sampling: Mapping[str, Any],
+    *,
+    stream: bool,
+    tokens_per_delta: int,
+    prompt_tokens: int,
+    room_tokens: int,
 ) -> SamplingParams:
     """vLLM's parameters for one request.
 
     `room_tokens` is what the context has left after the prompt; more cannot be generated,
-    so a larger `max_tokens` ends there with LENGTH. Raises vLLM's VLLMValidationError.
+    so a larger `max_tokens` ends there with LENGTH. Raises vLLM's VLLMValidationError, and
+    InvalidRequest if one message would hold too many log probabilities.
     """
     from vllm import SamplingParams
     from vllm.sampling_params import (
@@ -137,6 +160,7 @@ def build_params(
     arguments = dict(sampling)
     arguments["max_tokens"] = min(arguments["max_tokens"], room_tokens)
     arguments["min_tokens"] = min(arguments.get("min_tokens", 0), arguments["max_tokens"])
+    _check_logprobs(arguments, stream=stream, prompt_tokens=prompt_tokens)
     if "structured_outputs" in arguments:
         arguments["structured_outputs"] = StructuredOutputsParams(**arguments["structured_outputs"])
     if "repetition_detection" in arguments:
@@ -149,3 +173,17 @@ def build_params(
         stream_interval=tokens_per_delta if stream and tokens_per_delta > 1 else None,
         skip_clone=True,  # built for this request alone
     )
+
+
+def _check_logprobs(arguments: Mapping[str, Any], *, stream: bool, prompt_tokens: int) -> None:
+    asked = {"sampling.prompt_logprobs": arguments.get("prompt_logprobs", -1) * prompt_tokens}
+    if not stream:  # a stream spreads them over its messages
+        per_token = arguments.get("logprobs", len(arguments.get("logprob_token_ids", ())) - 1) + 1
+        asked["sampling.logprobs"] = per_token * arguments["max_tokens"] * arguments.get("n", 1)
+    wrong = [
+        Violation(field, f"asks for {count} in one message, more than {MAX_UNARY_LOGPROBS}")
+        for field, count in asked.items()
+        if count > MAX_UNARY_LOGPROBS
+    ]
+    if wrong:
+        raise InvalidRequest(*wrong)

@@ -9,8 +9,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import uuid
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 from engine.errors import (
@@ -23,25 +25,21 @@ from engine.errors import (
 from engine.generation import (
     Chat,
     ChatMessage,
-    Delta,
-    FinishReason,
     GenerationRequest,
     Output,
-    PositionLogprobs,
     Prompt,
     ServedVersion,
-    TokenLogprob,
 )
+from engine.output import to_output
 from engine.rendering import PromptRenderer, RenderedPrompt
 from engine.sampling import build_params
 
 if TYPE_CHECKING:
-    from vllm.logprobs import Logprob
     from vllm.lora.request import LoRARequest
-    from vllm.outputs import CompletionOutput, RequestOutput
     from vllm.sampling_params import SamplingParams
     from vllm.v1.engine import EngineCoreRequest
     from vllm.v1.engine.async_llm import AsyncLLM
+    from vllm.v1.engine.output_processor import RequestOutputCollector
 
     from engine.core import ClientSlot
 
@@ -94,6 +92,7 @@ class VllmShard:
         self._name = name
         self._renderer = PromptRenderer(engine.renderer, engine.vllm_config)
         self._max_model_len = int(engine.model_config.max_model_len)
+        self._checks = ThreadPoolExecutor(2, thread_name_prefix="structured-output")
 
     @classmethod
     def attach(cls, slot: ClientSlot) -> VllmShard:
@@ -152,11 +151,13 @@ class VllmShard:
         from vllm.v1.engine.exceptions import EngineDeadError
 
         finished = False
+        collector: RequestOutputCollector | None = None
         try:
             params = build_params(
                 request.sampling,
                 stream=request.stream,
                 tokens_per_delta=request.tokens_per_delta,
+                prompt_tokens=len(prompt.token_ids),
                 room_tokens=self._max_model_len - len(prompt.token_ids),
             )
             if request.cache_salt:
@@ -175,7 +176,7 @@ class VllmShard:
             while not finished:
                 output = collector.get_nowait() or await collector.get()
                 finished = output.finished
-                yield self._output(output, request.sampling)  # type: ignore[arg-type]  # never a pooling output
+                yield to_output(output, request.sampling, self._name)  # type: ignore[arg-type]  # never a pooling output
         except VLLMClientError as error:
             finished = True  # refused before it reached the core
             raise _invalid_request(error) from error
@@ -183,10 +184,10 @@ class VllmShard:
             finished = True  # nothing is left to abort
             raise ShardUnavailable(self._name) from error
         finally:
-            # 3. Left early: cancelled, out of time, or the caller is gone. Abort by our own id,
-            #    which holds even if the cancellation came while the request was being added.
+            # 3. Left early: cancelled, out of time, or the caller is gone. By our own id if that
+            #    came while the request was being added.
             if not finished:
-                await asyncio.shield(self._abort(request.request_id))
+                await asyncio.shield(self._abort(request.request_id, collector))
 
     async def _checked_input(
         self,
@@ -205,15 +206,21 @@ class VllmShard:
             return prompt.engine_input
         from vllm.exceptions import VLLMValidationError
 
-        process: Any = self._engine.input_processor.process_inputs_async
+        process = partial(
+            self._engine.input_processor.process_inputs,
+            request.request_id,
+            prompt.engine_input,
+            params,
+            supported_tasks=await self._engine.get_supported_tasks(),
+            lora_request=lora,
+            trace_headers=request.trace_headers,
+        )
+        # Threads of our own, so that nobody's tokenizing waits; but bad words are tokenized, and
+        # the tokenizer is for vLLM's renderer thread alone.
+        threads = self._engine.renderer._executor if params.bad_words else self._checks
         try:
-            checked: EngineCoreRequest = await process(
-                request.request_id,
-                prompt.engine_input,
-                params,
-                supported_tasks=await self._engine.get_supported_tasks(),
-                lora_request=lora,
-                trace_headers=request.trace_headers,
+            checked: EngineCoreRequest = await asyncio.get_running_loop().run_in_executor(
+                threads, process
             )
         except (VLLMValidationError, ValueError) as error:
             if getattr(error, "parameter", None) not in (None, "structured_outputs"):
@@ -223,54 +230,14 @@ class VllmShard:
             ) from error
         return checked
 
-    async def _abort(self, request_id: str) -> None:
+    async def _abort(self, request_id: str, collector: RequestOutputCollector | None) -> None:
         from vllm.v1.engine.exceptions import EngineDeadError
 
         with contextlib.suppress(EngineDeadError):
-            await self._engine.abort(request_id)
-
-    def _output(self, output: RequestOutput, sampling: Mapping[str, Any]) -> Output:
-        metrics = output.metrics
-        scored = sampling.get("logprob_token_ids") or sampling.get("logprobs", 0)
-        asked_of_prompt = sampling.get("prompt_logprobs", 0)
-        return Output(
-            deltas=[self._delta(completion, scored) for completion in output.outputs],
-            finished=output.finished,
-            prompt_tokens=len(output.prompt_token_ids or ()),
-            cached_tokens=output.num_cached_tokens or 0,
-            queue_s=max(0.0, metrics.scheduled_ts - metrics.queued_ts) if metrics else 0.0,
-            decode_s=metrics.last_token_ts - metrics.first_token_ts if metrics else 0.0,
-            prompt_logprobs=[
-                _position(entry, None, asked_of_prompt) for entry in output.prompt_logprobs or ()
-            ],
-        )
-
-    def _delta(self, completion: CompletionOutput, asked: int | Sequence[int]) -> Delta:
-        token_ids = completion.token_ids
-        logprobs = None
-        if completion.logprobs is not None:
-            logprobs = [
-                _position(entry, token_id, asked)
-                for entry, token_id in zip(completion.logprobs, token_ids, strict=True)
-            ]
-        return Delta(
-            index=completion.index,
-            text=completion.text,
-            token_ids=token_ids,
-            logprobs=logprobs,
-            finish_reason=self._finish_reason(completion.finish_reason),
-            stop=completion.stop_reason,
-        )
-
-    def _finish_reason(self, reason: str | None) -> FinishReason | None:
-        """An abort that we did not ask for, or an error, is no way to finish."""
-        if reason is None:
-            return None
-        if reason == "abort":
-            raise ShardUnavailable(self._name)
-        if reason == "error":
-            raise GenerationFailed("the engine reported an error for this request")
-        return FinishReason(reason)
+            if collector is None:
+                await self._engine.abort(request_id)
+            else:  # by vLLM's own id, which also forgets the parent of several completions
+                await self._engine.abort(collector.request_id, internal=True)
 
     async def warm_up(self) -> None:
         """Generate one token, so that the first caller does not pay for first times.
@@ -328,8 +295,14 @@ class VllmShard:
         self._engine.engine_core.resources.engine_dead = True
         self._engine.output_processor.propagate_error(EngineDeadError())
 
+    @property
+    def broken(self) -> bool:
+        """Whether this process can no longer hear its core, whatever the core does."""
+        return bool(self._engine.errored)
+
     def close(self) -> None:
         """Let go of the core, which runs on. Blocks for a moment; safe to call twice."""
+        self._checks.shutdown(wait=False, cancel_futures=True)
         self._engine.shutdown(timeout=0)
 
 
@@ -345,25 +318,6 @@ def _lora_request(version: ServedVersion | None) -> LoRARequest | None:
     from vllm.lora.request import LoRARequest
 
     return LoRARequest(version.lora_name, version.lora_int_id, version.path)
-
-
-def _position(
-    entry: Mapping[int, Logprob] | None, chosen_id: int | None, asked: int | Sequence[int]
-) -> PositionLogprobs:
-    """One position. vLLM gives the chosen token first, then those that were asked for:
-    either that many of the likeliest, or certain ids."""
-    if not entry:
-        return PositionLogprobs(None, ())
-    tokens = {
-        token_id: TokenLogprob(token_id, lp.logprob, lp.rank or 0, lp.decoded_token or "")
-        for token_id, lp in entry.items()
-    }
-    chosen = tokens[next(iter(tokens)) if chosen_id is None else chosen_id]
-    if isinstance(asked, int):
-        top = [token for token in tokens.values() if token.rank <= asked]
-    else:
-        top = [tokens[token_id] for token_id in asked if token_id in tokens]
-    return PositionLogprobs(chosen, sorted(top, key=lambda token: -token.logprob))
 
 
 def _invalid_request(error: Exception) -> InvalidRequest:

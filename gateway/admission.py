@@ -51,7 +51,8 @@ class Admission:
     def track(self, call: Call) -> Iterator[None]:
         """Count a call while it runs. Raises Draining, or why else the worker was closed."""
         if self._closed_by is not None:
-            raise self._closed_by
+            # Raised for many calls: without the frames of the others, and their messages.
+            raise self._closed_by.with_traceback(None)
         self._calls.add(call)
         self._idle.clear()
         try:

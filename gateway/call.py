@@ -49,6 +49,9 @@ class Call:
     last_token_s: float | None = None
     writing_since_s: float | None = None
     """Since when a write waits for the client to read; None when none does."""
+    first_write: asyncio.Future[None] | None = None
+    """The write of a stream's first message, which carries the response headers: no status may
+    overtake it, or grpc refuses the status and the client waits for ever."""
     cut_by: Exception | None = None
     """Set when the server itself ends the call before its time; the reason."""
 

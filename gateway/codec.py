@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from google.protobuf.descriptor import FieldDescriptor
@@ -18,7 +19,7 @@ from engine.generation import (
     Prompt,
     TokenLogprob,
 )
-from engine.sampling import violations
+from engine.sampling import MAX_ENTRIES, violations
 from lora_gateway.v1 import inference_pb2 as pb
 from store.registry import NAME
 
@@ -65,7 +66,11 @@ class GenerateCall:
 
 
 def decode_generate(
-    request: pb.GenerateRequest, *, defaults: SamplingDefaults, vocab_size: int
+    request: pb.GenerateRequest,
+    *,
+    defaults: SamplingDefaults,
+    vocab_size: int,
+    max_model_len: int,
 ) -> GenerateCall:
     """The request as the engine wants it.
 
@@ -88,14 +93,14 @@ def decode_generate(
     return GenerateCall(
         adapter=request.adapter,
         version=request.version if request.HasField("version") else None,
-        prompt=_prompt(request),
+        prompt=_prompt(request, max_model_len),
         sampling=sampling,
         return_token_ids=request.return_token_ids,
         tokens_per_delta=max(1, request.max_tokens_per_chunk),
     )
 
 
-def decode_tokenize(request: pb.TokenizeRequest) -> Prompt:
+def decode_tokenize(request: pb.TokenizeRequest, *, max_model_len: int) -> Prompt:
     """The prompt to tokenize. Raises InvalidRequest or PromptMissing."""
     wrong = list(_chat_violations(request.chat))
     if wrong:
@@ -103,14 +108,14 @@ def decode_tokenize(request: pb.TokenizeRequest) -> Prompt:
     missing = list(_prompt_missing(request))
     if missing:
         raise PromptMissing(*missing)
-    return _prompt(request)
+    return _prompt(request, max_model_len)
 
 
-def _prompt(request: pb.GenerateRequest | pb.TokenizeRequest) -> Prompt:
+def _prompt(request: pb.GenerateRequest | pb.TokenizeRequest, max_model_len: int) -> Prompt:
     if request.HasField("chat"):
         return Chat([ChatMessage(m.role, m.content) for m in request.chat.messages])
     if isinstance(request, pb.GenerateRequest) and request.HasField("token_ids"):
-        return list(request.token_ids.ids)
+        return list(request.token_ids.ids[: max_model_len + 1])  # one too many is enough to refuse
     return request.text
 
 
@@ -168,7 +173,9 @@ def _structured_output_violations(sampling: pb.SamplingParams) -> Iterable[Viola
         options = wanted.choice.options
         if not 1 <= len(options) <= MAX_CHOICES or len(set(options)) != len(options):
             yield Violation(f"{path}.choice.options", f"must be 1 to {MAX_CHOICES}, all different")
-        if "" in options:
+        elif sum(len(option.encode()) for option in options) > MAX_SCHEMA_BYTES:
+            yield Violation(f"{path}.choice.options", f"may have {MAX_SCHEMA_BYTES} bytes together")
+        elif "" in options:
             yield Violation(f"{path}.choice.options", "must not hold an empty string")
     elif not wanted.json_object:
         yield Violation(f"{path}.json_object", "must be true; unset it for free text")
@@ -187,9 +194,10 @@ def _sampling(message: pb.SamplingParams) -> dict[str, Any]:
                 "min_count": value.min_count,
             }
         elif field.name == "logit_bias":
-            arguments[field.name] = dict(value)
+            arguments[field.name] = dict(islice(value.items(), MAX_ENTRIES[field.name] + 1))
         elif _is_repeated(field):
-            arguments[field.name] = list(value)
+            # One entry too many is enough to refuse; a message may hold millions.
+            arguments[field.name] = list(value[: MAX_ENTRIES[field.name] + 1])
         else:
             arguments[field.name] = value
     return arguments

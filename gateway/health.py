@@ -12,6 +12,7 @@ from grpc_health.v1 import health_pb2
 from grpc_health.v1.health import aio as health_aio
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
+NOTIFY_TIMEOUT_S = 1.0
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
 
@@ -25,7 +26,7 @@ class Health(health_aio.HealthServicer):
     def __init__(self, services: Sequence[str]) -> None:
         super().__init__()
         self._services = ("", *services)
-        self._server_status = dict.fromkeys(self._services, NOT_SERVING)
+        self._server_status: dict[str, Any] = dict.fromkeys(self._services, NOT_SERVING)
         self._draining = asyncio.Event()
 
     async def Watch(
@@ -35,20 +36,22 @@ class Health(health_aio.HealthServicer):
         draining = asyncio.ensure_future(self._draining.wait())
         try:
             await asyncio.wait({watching, draining}, return_when=asyncio.FIRST_COMPLETED)
-            if self._draining.is_set():
-                await asyncio.sleep(0)  # the watcher, woken first, writes NOT_SERVING
         finally:
             for task in (watching, draining):
                 task.cancel()
-                with contextlib.suppress(asyncio.CancelledError):
-                    await task
+            await asyncio.gather(watching, draining, return_exceptions=True)
+        await context.write(health_pb2.HealthCheckResponse(status=NOT_SERVING))
 
     async def serving(self) -> None:
         """Announce that calls are answered now."""
         for service in self._services:
-            await self.set(service, SERVING)
+            self._server_status[service] = SERVING
+            # A watcher that does not read holds its service's lock; it must not hold us.
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self.set(service, SERVING), NOTIFY_TIMEOUT_S)
 
-    async def drain(self) -> None:
-        """Announce NOT_SERVING for good, and end the watchers."""
-        await self.enter_graceful_shutdown()
+    def drain(self) -> None:
+        """Announce NOT_SERVING for good, and end the watchers, each of which is told."""
+        self._gracefully_shutting_down = True
+        self._server_status.update(dict.fromkeys(self._services, NOT_SERVING))
         self._draining.set()

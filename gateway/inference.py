@@ -30,8 +30,8 @@ class Inference(InferenceServicer):
 
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> pb.GenerateResponse:
         call = current_call()
-        decoded = self._decode(request)
         with self._admission.slot():
+            decoded = self._decode(request)
             route = self._route(decoded, call)
             prompt = await route.shard.render(decoded.prompt)
             engine_request = _engine_request(decoded, call, stream=False)
@@ -54,8 +54,8 @@ class Inference(InferenceServicer):
         self, request: pb.GenerateRequest, context: Context
     ) -> AsyncIterator[pb.GenerateStreamResponse]:
         call = current_call()
-        decoded = self._decode(request)
         with self._admission.slot():
+            decoded = self._decode(request)
             route = self._route(decoded, call)
             prompt = await route.shard.render(decoded.prompt)
             engine_request = _engine_request(decoded, call, stream=True)
@@ -84,15 +84,16 @@ class Inference(InferenceServicer):
         )
 
     async def Tokenize(self, request: pb.TokenizeRequest, context: Context) -> pb.TokenizeResponse:
-        prompt = codec.decode_tokenize(request)
+        max_model_len = self._model.limits.max_model_len
         with self._admission.slot():
+            prompt = codec.decode_tokenize(request, max_model_len=max_model_len)
             shard = self._pool.route("", None).shard
             rendered = await shard.render(prompt)
             tokens = await shard.decode_each(rendered.token_ids) if request.return_tokens else None
         return pb.TokenizeResponse(
             token_ids=rendered.token_ids,
             tokens=tokens,
-            max_model_len=self._model.limits.max_model_len,
+            max_model_len=max_model_len,
         )
 
     async def GetModel(self, request: pb.GetModelRequest, context: Context) -> pb.GetModelResponse:
@@ -100,7 +101,10 @@ class Inference(InferenceServicer):
 
     def _decode(self, request: pb.GenerateRequest) -> codec.GenerateCall:
         return codec.decode_generate(
-            request, defaults=self._defaults, vocab_size=self._model.vocab_size
+            request,
+            defaults=self._defaults,
+            vocab_size=self._model.vocab_size,
+            max_model_len=self._model.limits.max_model_len,
         )
 
     def _route(self, decoded: codec.GenerateCall, call: Call) -> Route:

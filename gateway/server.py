@@ -20,7 +20,7 @@ from lora_gateway.v1 import inference_pb2
 from lora_gateway.v1.inference_pb2_grpc import InferenceServicer, add_InferenceServicer_to_server
 
 MAX_MESSAGE_BYTES = 8 * 1024 * 1024
-"""Largest message either way. Parsing runs on the event loop, so this bounds how long one
+"""Largest request. Parsing runs on the event loop, so this bounds how long one
 caller can hold it; datasets and adapters are streamed."""
 INFERENCE = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
 SERVICES = (INFERENCE,)
@@ -31,8 +31,8 @@ OPTIONS: tuple[tuple[str, int], ...] = (
     # Unknown keys are ignored in silence; tests/gateway/test_server.py looks each one up in
     # the installed binary.
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-    # Prompt log probabilities are the only large answer.
-    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    # Log probabilities are the only large answer; MAX_UNARY_LOGPROBS bounds them below this.
+    ("grpc.max_send_message_length", 4 * MAX_MESSAGE_BYTES),
     # Long metadata is memory per call before any check of ours.
     ("grpc.max_metadata_size", 16 * 1024),
     # Notice clients that vanished without a FIN, and free their KV cache.

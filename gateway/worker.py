@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import time
 from multiprocessing.connection import Connection
 
@@ -44,6 +45,7 @@ HostChannel = Channel[WorkerMessage, HostMessage]
 
 STALLED_AFTER_S = 1.0
 """A write that waits this long for its reader counts as stalled."""
+LAG_SAMPLES_PER_S = 20
 CUT_TIMEOUT_S = 5.0
 """How long calls get to send their last status after they were cut."""
 
@@ -95,6 +97,7 @@ class Worker:
         inference = Inference(self._pool, self._admission, card)
         self._server = GatewayServer(edge, inference, settings)
         self._done = asyncio.Event()
+        self._dead_shards: set[str] = set()
 
     async def start(self) -> None:
         """Take calls: bind, answer health with NOT_SERVING, warm up, then SERVING."""
@@ -131,6 +134,7 @@ class Worker:
                         return
 
     def _end_shard(self, name: str) -> None:
+        self._dead_shards.add(name)
         for shard in self._shards:
             if shard.name == name:
                 shard.declare_dead()
@@ -141,13 +145,15 @@ class Worker:
 
     async def _drain(self, delay_s: float, grace_s: float) -> None:
         """Health first, then no new calls, then time for running ones."""
-        await self._server.health.drain()
-        await asyncio.sleep(delay_s)  # load balancers need time to see it
-        self._admission.close(Draining())
-        if not await self._admission.wait_idle(grace_s):
-            self._admission.cut_all(Draining())
-            await self._admission.wait_idle(CUT_TIMEOUT_S)
-        self._done.set()
+        try:
+            self._server.health.drain()
+            await asyncio.sleep(delay_s)  # load balancers need time to see it
+            self._admission.close(Draining())
+            if not await self._admission.wait_idle(grace_s):
+                self._admission.cut_all(Draining())
+                await self._admission.wait_idle(CUT_TIMEOUT_S)
+        finally:
+            self._done.set()
 
     async def _close(self) -> None:
         await self._server.stop(CUT_TIMEOUT_S)
@@ -156,12 +162,16 @@ class Worker:
             shard.close()
 
     async def _watch(self) -> None:
-        """Once a second: how late the loop is, and how many streams wait for their reader."""
+        """Once a second: how late the loop was, how many streams wait for their reader, and
+        whether the engine can still be heard."""
         while True:
-            before_s = time.monotonic()
-            await asyncio.sleep(1.0)
+            lag_s = 0.0
+            for _ in range(LAG_SAMPLES_PER_S):
+                before_s = time.monotonic()
+                await asyncio.sleep(1 / LAG_SAMPLES_PER_S)
+                lag_s = max(lag_s, time.monotonic() - before_s - 1 / LAG_SAMPLES_PER_S)
+            metrics.loop_lag.set(lag_s)
             now_s = time.monotonic()
-            metrics.loop_lag.set(max(0.0, now_s - before_s - 1.0))
             metrics.stalled_streams.set(
                 sum(
                     call.writing_since_s is not None
@@ -169,3 +179,8 @@ class Worker:
                     for call in self._admission.calls
                 )
             )
+            for shard in self._shards:
+                if shard.broken and shard.name not in self._dead_shards:
+                    # vLLM's output task ended: every call would fail, and health would not tell.
+                    logger.critical("cannot hear %s any more; the standby takes over", shard.name)
+                    os._exit(1)

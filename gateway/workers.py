@@ -14,7 +14,7 @@ import os
 from collections.abc import Awaitable, Callable
 
 from engine.core import ClientSlot
-from engine.errors import CoreFailed
+from engine.errors import SlotsUsedUp
 from engine.signals import group_signals_blocked
 from gateway import metrics
 from gateway.channel import (
@@ -125,7 +125,7 @@ class WorkerFleet:
         after_death: Callable[[WorkerProcess], Awaitable[None]],
     ) -> None:
         """`make_orders` is asked for each worker that is put to work, and takes fresh slots;
-        it may raise CoreFailed. `after_death` cleans up after one that died."""
+        it may raise SlotsUsedUp. `after_death` cleans up after one that died."""
         self._count = count
         self._make_orders = make_orders
         self._after_death = after_death
@@ -139,7 +139,7 @@ class WorkerFleet:
     async def run(self) -> None:
         """Keep the fleet at its number until it is drained.
 
-        Raises WorkerFailed if a worker cannot serve while none does, and CoreFailed if no
+        Raises WorkerFailed if a worker cannot serve while none does, and SlotsUsedUp if no
         slot is left for one then.
         """
         try:
@@ -175,7 +175,8 @@ class WorkerFleet:
         """
         self._draining = True
         for worker in self._workers:
-            if worker.state is WorkerState.SERVING:
+            # One that attaches may have calls before its Serving is read here.
+            if worker.state in (WorkerState.SERVING, WorkerState.ATTACHING):
                 worker.channel.send(Drain(delay_s, grace_s))
                 worker.move(WorkerState.DRAINING)
             elif worker.state is not WorkerState.DRAINING:
@@ -238,6 +239,7 @@ class WorkerFleet:
                     logger.info("worker %d is serving", worker.pid)
                 case Failed(reason):
                     worker.failure = reason
+                    return  # it is of no use any more, and ended if it does not end
             self._assign()
             self._note_change()
 
@@ -259,7 +261,7 @@ class WorkerFleet:
         """Put one worker to work. False if there is no slot for it, and others serve on."""
         try:
             orders = self._make_orders()
-        except CoreFailed:
+        except SlotsUsedUp:
             if not self._number(WorkerState.SERVING):
                 raise
             logger.critical("no client slot is left; restart the gateway at a quiet moment")

@@ -81,7 +81,12 @@ def wrap(handler: Any, method: str, edge: Edge) -> Handler:
             async with contextlib.aclosing(events):
                 async for event in events:
                     call.writing_since_s = time.monotonic()
-                    await context.write(event)
+                    if call.first_write is None:
+                        call.first_write = asyncio.ensure_future(context.write(event))
+                        call.first_write.add_done_callback(_retrieve)
+                        await asyncio.shield(call.first_write)
+                    else:
+                        await context.write(event)
                     call.writing_since_s = None
 
     if handler.response_streaming:
@@ -91,6 +96,12 @@ def wrap(handler: Any, method: str, edge: Edge) -> Handler:
     return grpc.unary_unary_rpc_method_handler(
         unary, response_serializer=handler.response_serializer
     )
+
+
+def _retrieve(write: asyncio.Future[None]) -> None:
+    """Look at a write's error, which a cancelled call no longer does."""
+    if not write.cancelled():
+        write.exception()
 
 
 def _parsed(raw: bytes, parse: Callable[[bytes], Message]) -> Message:
@@ -111,9 +122,9 @@ async def _call(
     """Run the body as one call: tracked, timed, and every way out turned into a status."""
     call = Call(method)
     set_current_call(call)
-    metrics.inflight.inc()
     span = edge.tracing.start(call, context.invocation_metadata() or ())
     code = "OK"
+    metrics.inflight.inc()
     try:
         # grpc ends the call itself when a client's deadline passes; ours is for those without.
         own_deadline_s = default_deadline_s if context.time_remaining() is None else None
@@ -155,5 +166,7 @@ async def _abort(
     """End the call with `status`. Always raises grpc's AbortError; nothing else calls abort."""
     if status.code == code_pb2.INTERNAL:
         logger.error("request %s (%s) failed", call.request_id, call.method, exc_info=cause)
+    if call.first_write is not None:
+        await asyncio.wait((call.first_write,))
     rich = rpc_status.to_status(status)
     await context.abort(rich.code, rich.details, rich.trailing_metadata)

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import re
 from collections.abc import Callable
 from importlib.metadata import entry_points
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -39,6 +41,7 @@ from vllm.v1.metrics.stats import RequestStateStats
 from vllm.v1.request import Request
 
 from engine import core_plugin
+from engine.sampling import MAX_BAD_WORDS_BYTES, MAX_ENTRIES
 
 CALLS: list[tuple[Callable[..., Any], list[str]]] = [
     (bind_engine_zmq_listeners, ["vllm_config", "num_api_servers"]),
@@ -157,3 +160,14 @@ def test_vllm_finds_the_plugin_and_it_adds_its_utilities() -> None:
     core_plugin.register()
     for utility in ("gateway_adopt", "gateway_abort_client", "gateway_stop"):
         assert callable(getattr(EngineCoreProc, utility))
+
+
+def test_our_limits_stay_within_those_that_end_vllms_gpu_runner() -> None:
+    """It raises inside a step beyond these, which ends the engine for everyone."""
+    gpu = Path(vllm.__file__).parent / "v1" / "worker" / "gpu" / "sample" / "logit_bias.py"
+    found = dict(re.findall(r"^MAX_NUM_(\w+) = (\d+)$", gpu.read_text(), re.MULTILINE))
+    assert MAX_ENTRIES["allowed_token_ids"] <= int(found["ALLOWED_TOKEN_IDS"])
+    assert MAX_ENTRIES["logit_bias"] <= int(found["LOGIT_BIAS_TOKENS"])
+    assert 2 * MAX_ENTRIES["stop_token_ids"] <= int(found["STOP_TOKEN_IDS"])
+    assert MAX_ENTRIES["bad_words"] <= vllm.envs.VLLM_MAX_NUM_BAD_WORDS
+    assert 2 * MAX_BAD_WORDS_BYTES <= vllm.envs.VLLM_MAX_BAD_WORDS_TOTAL_TOKENS

@@ -51,15 +51,19 @@ async def start_fake_gateway(
     unary_deadline_s: float = 30.0,
     stream_deadline_s: float = 300.0,
     settings: Settings | None = None,
+    tracing: Tracing | None = None,
 ) -> FakeGateway:
-    """An edge that serves the base model and adapter `alpha` version 3."""
+    """An edge that serves the base model and adapter `alpha` version 3.
+
+    The caller closes `tracing`.
+    """
     settings = settings or Settings()
     shard = FakeShard(script=script)
     pool = ShardPool([shard])
     alpha = ServedVersion("default", "alpha", 3, 1, "/nowhere", "digest")
     pool.show(ServedView({"alpha": ServedAdapter(3, {3: alpha})}))
     admission = Admission(limit)
-    edge = Edge(admission, Tracing(None), unary_deadline_s, stream_deadline_s)
+    edge = Edge(admission, tracing or Tracing(None), unary_deadline_s, stream_deadline_s)
     server = GatewayServer(edge, Inference(pool, admission, MODEL), settings)
     port = server.bind("127.0.0.1:0", settings)
     await server.start()

@@ -15,6 +15,7 @@ from grpc_reflection.v1alpha import reflection_pb2
 
 from engine.fake import Script
 from gateway.admission import Draining
+from gateway.call import Call
 from lora_gateway.v1 import inference_pb2 as pb
 from tests.details import bad_fields, detail, error_info
 from tests.gateway.conftest import FakeGateway, start_fake_gateway
@@ -203,6 +204,54 @@ async def test_draining_refuses_new_calls_and_cuts_late_ones(fake: FakeGateway) 
     assert fake.shard.aborted
 
 
+async def test_a_cut_during_the_first_write_still_reaches_the_client(
+    fake: FakeGateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first write carries the headers; grpc refuses a status that overtakes it."""
+
+    def cut_during_first_write(call: Call, name: str, value: object) -> None:
+        object.__setattr__(call, name, value)
+        if name == "writing_since_s" and value is not None and call.cut_by is None:
+            asyncio.get_running_loop().call_soon(call.cut, Draining())
+
+    monkeypatch.setattr(Call, "__setattr__", cut_during_first_write)
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        async with asyncio.timeout(5):
+            async for _ in fake.stub.GenerateStream(request(max_tokens=1000)):
+                pass
+    assert reason(caught.value) == "DRAINING"
+    assert not fake.shard.running
+
+
+async def test_many_violations_fit_into_the_trailers(fake: FakeGateway) -> None:
+    """A client's grpc refuses trailers of over 8 KiB, and would hide the reason."""
+    messages = [pb.ChatMessage(role=f"wizard-{i}", content="hi") for i in range(4096)]
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await fake.stub.Generate(pb.GenerateRequest(chat=pb.Chat(messages=messages)))
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert len(bad_fields(caught.value)) == 16
+    assert "(and 4095 more)" in (caught.value.details() or "")
+
+
+async def test_millions_of_entries_are_refused_at_once(fake: FakeGateway) -> None:
+    start_s = time.monotonic()
+    bad = pb.GenerateRequest(text="hi", sampling=pb.SamplingParams(stop=[""] * 1_000_000))
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await fake.stub.Generate(bad)
+    assert bad_fields(caught.value) == {"sampling.stop"}
+    assert time.monotonic() - start_s < 3
+
+
+async def test_every_health_watcher_is_told_that_the_server_drains(fake: FakeGateway) -> None:
+    health: Any = HealthStub(fake.channel)
+    watches = [health.Watch(health_pb2.HealthCheckRequest()) for _ in range(10)]
+    for watch in watches:
+        assert (await watch.read()).status == health_pb2.HealthCheckResponse.SERVING
+    fake.server.health.drain()
+    for watch in watches:
+        assert (await watch.read()).status == health_pb2.HealthCheckResponse.NOT_SERVING
+
+
 async def test_health_watchers_end_when_the_server_drains(fake: FakeGateway) -> None:
     health: Any = HealthStub(fake.channel)
     for service in ("", "lora_gateway.v1.Inference"):
@@ -210,7 +259,7 @@ async def test_health_watchers_end_when_the_server_drains(fake: FakeGateway) -> 
         assert answer.status == health_pb2.HealthCheckResponse.SERVING
     watch = health.Watch(health_pb2.HealthCheckRequest())
     assert (await watch.read()).status == health_pb2.HealthCheckResponse.SERVING
-    await fake.server.health.drain()
+    fake.server.health.drain()
     assert (await watch.read()).status == health_pb2.HealthCheckResponse.NOT_SERVING
     assert await watch.read() is grpc.aio.EOF
     start_s = time.monotonic()

@@ -31,7 +31,7 @@ class _ErrorReasonEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._En
     """
     ERROR_REASON_INVALID_FIELD: _ErrorReason.ValueType  # 2
     """ERROR_REASON_INVALID_FIELD: one or more fields are missing, out of range
-    or contradict each other. All violations come at once in a
+    or contradict each other. All violations (at most 16) come at once in a
     `google.rpc.BadRequest`.
     Code INVALID_ARGUMENT. Metadata: `field` (the first one).
     """
@@ -129,7 +129,7 @@ Code INVALID_ARGUMENT. Metadata: `message_type`.
 """
 ERROR_REASON_INVALID_FIELD: ErrorReason.ValueType  # 2
 """ERROR_REASON_INVALID_FIELD: one or more fields are missing, out of range
-or contradict each other. All violations come at once in a
+or contradict each other. All violations (at most 16) come at once in a
 `google.rpc.BadRequest`.
 Code INVALID_ARGUMENT. Metadata: `field` (the first one).
 """

@@ -264,7 +264,9 @@ class SamplingParams(google.protobuf.message.Message):
     Default 0 (off).
     """
     seed: builtins.int
-    """seed makes sampling of this request repeatable. Unset: not repeatable."""
+    """seed makes sampling of this request repeatable; completion k uses seed + k.
+    Any but -1. Unset: not repeatable.
+    """
     presence_penalty: builtins.float
     """presence_penalty penalizes tokens that appeared in the completion, -2 to
     2. Default 0.
@@ -286,7 +288,7 @@ class SamplingParams(google.protobuf.message.Message):
     logprobs: builtins.int
     """logprobs asks for the log probabilities of the sampled token and of this
     many most likely ones at each position. 0 to 20; 0 gives the sampled token
-    alone. Unset: none.
+    alone. A unary answer holds at most 200000 of them. Unset: none.
     """
     prompt_logprobs: builtins.int
     """prompt_logprobs asks for the same of the prompt's tokens, and so switches
@@ -311,7 +313,7 @@ class SamplingParams(google.protobuf.message.Message):
 
     @property
     def stop_token_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
-        """stop_token_ids ends the completion at one of these ids. At most 128.
+        """stop_token_ids ends the completion at one of these ids. At most 64.
         Default none.
         """
 
@@ -330,14 +332,14 @@ class SamplingParams(google.protobuf.message.Message):
 
     @property
     def allowed_token_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
-        """allowed_token_ids restricts sampling to these ids. At most 65536. Default
+        """allowed_token_ids restricts sampling to these ids. At most 1024. Default
         all.
         """
 
     @property
     def bad_words(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
         """bad_words are strings that must not be generated. At most 128 of 1 to 256
-        bytes. Default none.
+        bytes, 480 bytes together. Default none.
         """
 
     @property
@@ -486,7 +488,7 @@ class Choice(google.protobuf.message.Message):
     OPTIONS_FIELD_NUMBER: builtins.int
     @property
     def options(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
-        """options are distinct and not empty. 1 to 1024."""
+        """options are distinct and not empty. 1 to 1024, 64 KiB together."""
 
     def __init__(
         self,
@@ -861,7 +863,7 @@ class TokenLogprob(google.protobuf.message.Message):
     """logprob is its natural log probability, at most 0."""
     rank: builtins.int
     """rank is its place by likelihood in the whole vocabulary; 1 is the
-    likeliest. 0: not known.
+    likeliest. 0: not known, as for the tokens of `logprob_token_ids`.
     """
     token: builtins.str
     """token is its text. Bytes that are no character alone show as U+FFFD."""
@@ -917,7 +919,9 @@ class Usage(google.protobuf.message.Message):
     completion_tokens: builtins.int
     """completion_tokens were generated, over all completions."""
     cached_tokens: builtins.int
-    """cached_tokens of the prompt came from the prefix cache."""
+    """cached_tokens of the prompt came from the prefix cache (with several
+    completions: for one of them).
+    """
     def __init__(
         self,
         *,
