@@ -1,0 +1,107 @@
+"""The bare side: vLLM's AsyncLLM with the gateway's engine arguments, and nothing around it.
+
+    python -m tests.bench.bare STATE_DIR ADAPTER_DIR SETTING...
+
+Makes the model and the adapter first, for the gateway too. The settings are flags of
+`gateway serve`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import sys
+import tempfile
+import uuid
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gateway.settings import Settings, prepare_environment
+from tests.bench.side import serve_side, take_stdout
+from tests.bench.workload import ADAPTER, Stream, Workload
+
+if TYPE_CHECKING:
+    from engine.core import EngineOptions
+
+ADAPTER_RANK = 8
+
+
+def main() -> None:
+    """Entry of the process."""
+    answer = take_stdout()
+    state_dir, adapter_dir, *flags = sys.argv[1:]
+    settings = Settings.from_argv([*flags, "--state-dir", state_dir])
+    metrics_dir = Path(tempfile.mkdtemp(prefix="bench-metrics-"))
+    prepare_environment(settings, metrics_dir)
+    import uvloop
+
+    from engine.models import resolve_model
+    from tests.tiny_adapter import write_tiny_adapter
+
+    model_path = resolve_model(settings.model, settings.state_dir)
+    write_tiny_adapter(Path(adapter_dir), model_path, seed=1, rank=ADAPTER_RANK)
+    options = engine_options(settings, model_path)
+    try:
+        uvloop.run(_run(options, adapter_dir, answer))
+    finally:
+        shutil.rmtree(metrics_dir, ignore_errors=True)
+
+
+def engine_options(settings: Settings, model_path: Path) -> EngineOptions:
+    """The engine's options as the host derives them: those that settings have by the same name."""
+    from engine.core import EngineOptions
+
+    shared = {field.name for field in fields(EngineOptions)} & settings.model_fields.keys()
+    options = {name: getattr(settings, name) for name in shared}
+    options |= {"max_lora_rank": int(settings.max_lora_rank)}
+    return EngineOptions(model_path=model_path, served_model_name=settings.model, **options)
+
+
+async def _run(options: EngineOptions, adapter_dir: str, answer: Callable[[Any], None]) -> None:
+    from vllm.lora.request import LoRARequest
+    from vllm.sampling_params import RequestOutputKind, SamplingParams
+    from vllm.utils.gc_utils import freeze_gc_heap
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    from engine.rendering import PromptRenderer
+    from engine.stats import shard_stat_logger
+
+    config = options.build_config()
+    engine = AsyncLLM.from_vllm_config(
+        config,
+        disable_log_stats=True,  # no default loggers; the same one as a worker's
+        stat_loggers=[shard_stat_logger("bare")],
+    )
+    renderer = PromptRenderer(engine.renderer, config)
+    lora = LoRARequest(ADAPTER, 1, adapter_dir)
+    await engine.add_lora(lora)
+    freeze_gc_heap()  # as `vllm serve` does
+
+    async def stream(workload: Workload) -> Stream:
+        params = SamplingParams(
+            max_tokens=workload.tokens,
+            temperature=0.0,
+            ignore_eos=True,
+            output_kind=RequestOutputKind.DELTA,
+        )
+        prompt = await renderer.render(workload.prompt)
+        outputs = engine.generate(
+            prompt.engine_input,
+            params,
+            request_id=uuid.uuid4().hex,
+            lora_request=lora if workload.adapter else None,
+        )
+        async with contextlib.aclosing(outputs):
+            async for output in outputs:
+                yield len(output.outputs[0].token_ids)
+
+    try:
+        await serve_side(stream, answer)
+    finally:
+        engine.shutdown()
+
+
+if __name__ == "__main__":  # vLLM's processes import this file again
+    main()
