@@ -53,8 +53,12 @@ class Violation:
 
 
 MAX_VIOLATIONS = 16
-MAX_DESCRIPTION_CHARS = 200
+MAX_DESCRIPTION_BYTES = 200
 """They travel in response trailers, and a client's gRPC refuses trailers of over 8 KiB."""
+
+
+def _short(text: str) -> str:
+    return text.encode()[:MAX_DESCRIPTION_BYTES].decode(errors="ignore")
 
 
 class InvalidRequest(EngineError):
@@ -65,8 +69,7 @@ class InvalidRequest(EngineError):
 
     def __init__(self, *violations: Violation, metadata: dict[str, str] | None = None) -> None:
         self.violations: Sequence[Violation] = [
-            Violation(v.field[:MAX_DESCRIPTION_CHARS], v.description[:MAX_DESCRIPTION_CHARS])
-            for v in violations[:MAX_VIOLATIONS]
+            Violation(_short(v.field), _short(v.description)) for v in violations[:MAX_VIOLATIONS]
         ]
         first = self.violations[0]
         more = f" (and {len(violations) - 1} more)" if len(violations) > 1 else ""

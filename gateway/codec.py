@@ -151,7 +151,7 @@ def _chat_violations(chat: pb.Chat) -> Iterable[Violation]:
         if message.role not in ROLES:
             yield Violation(
                 f"chat.messages[{index}].role",
-                f"{message.role[:64]!r} is unknown; use one of {', '.join(ROLES)}",
+                f"{message.role[:12]!r} is unknown; use one of {', '.join(ROLES)}",
             )
 
 

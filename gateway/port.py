@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import socket
+from collections.abc import Iterable
+from typing import Any
 
 
 class PortTaken(Exception):
@@ -30,12 +33,28 @@ class HeldPort:
         self._sockets: list[socket.socket] = []
         try:
             host = self._host.strip("[]")
-            # A name may stand for several addresses, and grpc listens on each.
-            for family, _, _, _, target in socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM):
-                self._hold(family, (target[0], self._port, *target[2:]))
+            # A name may stand for several addresses, and for one of them twice.
+            targets = dict.fromkeys(
+                (family, target)
+                for family, _, _, _, target in socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)
+            )
+            self._hold_all(targets)
         except OSError as error:
             self.close()
             raise PortTaken(address, error, "--listen") from None
+
+    def _hold_all(self, targets: Iterable[tuple[int, tuple[Any, ...]]]) -> None:
+        """As grpc listens: on each address that this machine has, and on one at least."""
+        lacking: OSError | None = None
+        for family, (host, _, *rest) in targets:
+            try:
+                self._hold(family, (host, self._port, *rest))
+            except OSError as error:
+                if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+                    raise
+                lacking = error  # for example ::1 where IPv6 is switched off
+        if lacking is not None and not self._sockets:
+            raise lacking
 
     def _hold(self, family: int, target: tuple[object, ...]) -> None:
         with socket.socket(family, socket.SOCK_STREAM) as probe:

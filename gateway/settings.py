@@ -9,6 +9,8 @@ from __future__ import annotations
 import ipaddress
 import logging
 import os
+import re
+import ssl
 import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, distribution
@@ -26,11 +28,27 @@ class SettingsError(Exception):
     """The settings contradict themselves or each other. One line per finding."""
 
 
+_HOST_AND_PORT = re.compile(r"(\[[^\[\]]+\]|[^\[\]:]+):([0-9]{1,5})")
+"""An IPv6 address stands in brackets, or nobody could tell where its port begins."""
+
+
 def _address(value: str) -> str:
-    host, colon, port = value.rpartition(":")
-    if not colon or not host or not port.isdigit() or int(port) > 65535:
-        raise ValueError(f"{value!r} is no HOST:PORT, for example 127.0.0.1:50051")
+    found = _HOST_AND_PORT.fullmatch(value)
+    if found is None or not _is_host(found[1]) or int(found[2]) > 65535:
+        raise ValueError(f"{value!r} is no HOST:PORT, for example 127.0.0.1:50051 or [::1]:50051")
     return value
+
+
+def _is_host(host: str) -> bool:
+    """Whether it can be looked up: as a name, or as an IPv6 address in brackets."""
+    try:
+        if host.startswith("["):
+            ipaddress.IPv6Address(host.strip("[]"))
+        else:
+            host.encode("idna")  # as getaddrinfo does
+    except ValueError:
+        return False
+    return True
 
 
 Address = Annotated[str, AfterValidator(_address)]
@@ -147,6 +165,8 @@ class Settings(BaseSettings):
         ):
             if path is not None and not path.is_file():
                 raise ValueError(f"{flag} {path} is no file")
+        if self.tls_cert is not None and self.tls_key is not None:
+            _check_tls(self.tls_cert, self.tls_key, self.tls_client_ca)
         if not self.insecure and not is_loopback(self.metrics_listen):
             raise ValueError(
                 f"--metrics-listen {self.metrics_listen} is open to others and has no TLS; give "
@@ -184,6 +204,33 @@ class Settings(BaseSettings):
 def _finding(location: Sequence[object], message: str) -> str:
     flag = "--" + str(location[0]).replace("_", "-") + ": " if location else ""
     return flag + message.removeprefix("Value error, ")
+
+
+def _check_tls(cert: Path, key: Path, client_ca: Path | None) -> None:
+    """Whether the files can be used, because grpc says of those that cannot only that it
+    failed to bind, and a worker learns it when the model is loaded. Raises ValueError."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    try:
+        # Without `password` OpenSSL would ask for it on the terminal.
+        context.load_cert_chain(cert, key, password="")
+    except OSError as error:
+        raise ValueError(
+            f"--tls-cert {cert} and --tls-key {key} cannot be used ({_tls_reason(error)}); give "
+            "a certificate chain and its private key without a password, both PEM"
+        ) from error
+    try:
+        if client_ca is not None:
+            context.load_verify_locations(client_ca)
+    except OSError as error:
+        raise ValueError(
+            f"--tls-client-ca {client_ca} cannot be used ({_tls_reason(error)}); give a "
+            "certificate, PEM"
+        ) from error
+
+
+def _tls_reason(error: OSError) -> str:
+    reason = getattr(error, "reason", None) or error.strerror or "unreadable"
+    return str(reason).replace("_", " ").lower()
 
 
 def is_loopback(address: str) -> bool:

@@ -89,7 +89,7 @@ def _first_token_row(comparison: FirstTokenComparison) -> str:
 
 def _row(*cells: str) -> str:
     name, bare, served, compared, target = cells
-    return f"  {name:<24}{bare:>10}{served:>10}   {compared:<28}{target}".rstrip()
+    return f"  {name:<24}{bare:>10}{served:>10}   {compared:<34}{target}".rstrip()
 
 
 def _ms(seconds: float) -> str:

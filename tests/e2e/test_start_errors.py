@@ -14,6 +14,7 @@ import psutil
 import pytest
 
 from store.state_folder import StateFolder
+from tests.gateway.certificates import Authority
 
 START_TIMEOUT_S = 120.0
 
@@ -89,6 +90,32 @@ def test_no_tls_on_a_public_address(flag: str, tmp_path: Path) -> None:
 
 def test_an_adapter_flag_without_a_path(tmp_path: Path) -> None:
     assert "NAME=PATH" in refused(*local(tmp_path), "--adapter", "pirate")
+
+
+def test_a_flag_that_does_not_exist() -> None:
+    """As argparse answers: how it is used, and then the one line."""
+    done = subprocess.run(
+        [sys.executable, "-m", "gateway", "serve", "--modell", "tiny"],
+        capture_output=True,
+        text=True,
+        timeout=START_TIMEOUT_S,
+    )
+    assert done.returncode == 2
+    assert not done.stdout
+    assert done.stderr.startswith("usage: gateway serve ")
+    assert "--model " in done.stderr
+    assert done.stderr.splitlines()[-1] == (
+        "gateway serve: error: unrecognized arguments: --modell tiny"
+    )
+
+
+def test_a_key_of_another_certificate(tmp_path: Path) -> None:
+    """Before the model is loaded, which takes a minute."""
+    authority = Authority(tmp_path / "ca.pem")
+    cert, _ = authority.issue(tmp_path, "server")
+    _, key = authority.issue(tmp_path, "other")
+    line = refused(*local(tmp_path), "--tls-cert", str(cert), "--tls-key", str(key))
+    assert f"--tls-key {key}" in line and "cannot be used" in line
 
 
 def test_a_broken_adapter(tmp_path: Path) -> None:

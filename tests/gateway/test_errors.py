@@ -1,0 +1,285 @@
+"""Every exception has the code, the reason and the details that errors.proto documents."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import inspect
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+from urllib.parse import quote
+
+import grpc
+import pytest
+from google.protobuf.message import Message
+from google.rpc import code_pb2, error_details_pb2, status_pb2
+
+import engine.errors
+import gateway.admission
+import gateway.errors
+from engine.errors import (
+    AdapterInvalid,
+    AdapterNotFound,
+    ChatTemplateMissing,
+    ChatTemplateRefused,
+    CoreFailed,
+    EngineError,
+    GenerationFailed,
+    InvalidRequest,
+    InvalidStructuredOutput,
+    ModelNotFound,
+    PromptMissing,
+    PromptTooLong,
+    ShardUnavailable,
+    SlotsUsedUp,
+    VersionNotFound,
+    Violation,
+)
+from gateway.admission import RETRY_DELAY_S, Draining, Overloaded
+from gateway.call import Call
+from gateway.errors import INTERNAL_MESSAGE, DefaultDeadlineExceeded, MalformedMessage, status_of
+from lora_gateway.v1 import inference_pb2 as pb
+from lora_gateway.v1.errors_pb2 import ErrorReason
+from tests.details import DETAILS_KEY, bad_fields, error_info
+from tests.gateway.conftest import FakeGateway
+
+PROTO = Path(__file__).parents[2] / "proto" / "lora_gateway" / "v1" / "errors.proto"
+PREFIX = "ERROR_REASON_"
+DETAILS: dict[str, type[Message]] = {
+    name: getattr(error_details_pb2, name)
+    for name in ("ErrorInfo", "BadRequest", "ResourceInfo", "RetryInfo", "RequestInfo")
+}
+TOKENS_EMITTED = 7
+BAD = Violation("sampling.top_p", "must be in (0, 1], is 0")
+LONG = Violation("prompt", "has 600 tokens")
+SECRET = "the password is swordfish"
+
+
+@dataclass(frozen=True)
+class Documented:
+    """What the comment of an ErrorReason promises."""
+
+    code: str
+    metadata: frozenset[str]
+    details: frozenset[str]
+    """Types beside ErrorInfo."""
+
+
+def documented() -> dict[str, Documented]:
+    """By reason, without the prefix."""
+    found = re.findall(rf"((?: *//.*\n)+) *{PREFIX}(\w+) = [1-9]\d*;", PROTO.read_text())
+    promises = {}
+    for raw, reason in found:
+        comment = re.sub(r"\s*//\s?", " ", raw)
+        code = re.search(r"\bCode ([A-Z_]+)", comment)
+        assert code, f"{reason} has no code"
+        metadata = re.findall(r"`([a-z_]+)`", comment.partition("Metadata: ")[2])
+        details = {name for name in DETAILS if re.search(rf"\b{name}\b", comment)}
+        promises[reason] = Documented(code[1], frozenset(metadata), frozenset(details))
+    return promises
+
+
+PROMISED = documented()
+
+SAMPLES: dict[str, list[Exception]] = {
+    "MALFORMED_MESSAGE": [MalformedMessage("lora_gateway.v1.GenerateRequest")],
+    "INVALID_FIELD": [InvalidRequest(BAD), InvalidRequest(BAD, LONG)],
+    "PROMPT_MISSING": [PromptMissing(Violation("prompt", "is required"))],
+    "PROMPT_TOO_LONG": [
+        PromptTooLong(LONG, metadata={"max_model_len": "512", "prompt_tokens": "600"}),
+        PromptTooLong(LONG, metadata={"max_model_len": "512"}),
+    ],
+    "INVALID_STRUCTURED_OUTPUT": [InvalidStructuredOutput(BAD)],
+    "CHAT_TEMPLATE_MISSING": [ChatTemplateMissing("tiny")],
+    "CHAT_TEMPLATE_REFUSED": [ChatTemplateRefused(Violation("chat.messages", "two in a row"))],
+    "ADAPTER_NOT_FOUND": [AdapterNotFound("alpa", ["alpha"])],
+    "VERSION_NOT_FOUND": [VersionNotFound("alpha", 9, [1, 3])],
+    "ADAPTER_INVALID": [AdapterInvalid("alpha", ["no weights", "rank 512"])],
+    "OVERLOADED": [Overloaded(7)],
+    "DRAINING": [Draining()],
+    "SHARD_UNAVAILABLE": [ShardUnavailable("shard-0")],
+    "DEADLINE_EXCEEDED": [DefaultDeadlineExceeded(30.0)],
+    "INTERNAL": [
+        *(EngineError(SECRET), ModelNotFound(SECRET), CoreFailed(SECRET), SlotsUsedUp(SECRET)),
+        *(GenerationFailed(SECRET), RuntimeError(SECRET), KeyError(SECRET), TimeoutError(SECRET)),
+    ],
+}
+"""Errors by the reason that they must get."""
+CASES = [
+    pytest.param(reason, error, id=f"{type(error).__name__}-{index}")
+    for reason, errors in SAMPLES.items()
+    for index, error in enumerate(errors)
+]
+
+
+@pytest.fixture
+async def call() -> Call:
+    call = Call("GenerateStream")
+    call.completion_tokens = TOKENS_EMITTED
+    return call
+
+
+def details_of(status: status_pb2.Status) -> dict[str, Any]:
+    """Details by type name. Fails where one type is there twice."""
+    found: dict[str, Any] = {}
+    for packed in status.details:
+        name = packed.TypeName().removeprefix("google.rpc.")
+        assert name not in found, f"two details of type {name}"
+        message = DETAILS[name]()
+        assert packed.Unpack(message)
+        found[name] = message
+    return found
+
+
+def exceptions_of(module: ModuleType) -> set[type]:
+    return {
+        member
+        for _, member in inspect.getmembers(module, inspect.isclass)
+        if issubclass(member, Exception) and member.__module__ == module.__name__
+    }
+
+
+@pytest.mark.parametrize(
+    "module", [engine.errors, gateway.admission, gateway.errors], ids=lambda m: m.__name__
+)
+def test_every_exception_class_is_tried_here(module: ModuleType) -> None:
+    tried = {type(error) for errors in SAMPLES.values() for error in errors}
+    assert exceptions_of(module)
+    assert exceptions_of(module) <= tried
+
+
+def test_every_reason_is_documented_and_comes_from_some_exception() -> None:
+    reasons = {name.removeprefix(PREFIX) for name in ErrorReason.DESCRIPTOR.values_by_name}
+    reasons -= {"UNSPECIFIED"}
+    assert PROMISED.keys() == reasons
+    assert SAMPLES.keys() == reasons
+
+
+@pytest.mark.parametrize(("reason", "error"), CASES)
+async def test_an_exception_gets_the_code_and_details_that_its_reason_documents(
+    reason: str, error: Exception, call: Call
+) -> None:
+    status = status_of(error, call)
+    promise = PROMISED[reason]
+    assert code_pb2.Code.Name(status.code) == promise.code
+    details = details_of(status)
+    assert details.keys() == {"ErrorInfo"} | promise.details
+    info = details["ErrorInfo"]
+    assert (info.domain, info.reason) == ("lora-gateway", reason)
+    assert info.metadata.keys() <= promise.metadata
+    assert all(info.metadata.values())
+
+
+@pytest.mark.parametrize("reason", SAMPLES)
+async def test_all_documented_metadata_is_sent(reason: str, call: Call) -> None:
+    """Some of it only where it is known, so by one of the samples at least."""
+    sent = [details_of(status_of(error, call))["ErrorInfo"] for error in SAMPLES[reason]]
+    assert any(info.metadata.keys() == PROMISED[reason].metadata for info in sent)
+
+
+@pytest.mark.parametrize(
+    ("reason", "error"), [case for case in CASES if case.values[0] != "INTERNAL"]
+)
+async def test_the_message_is_the_exceptions_own(reason: str, error: Exception, call: Call) -> None:
+    assert status_of(error, call).message == str(error) != ""
+
+
+@pytest.mark.parametrize("error", [*SAMPLES["INTERNAL"], asyncio.CancelledError(SECRET)])
+async def test_an_internal_error_tells_its_id_and_never_its_text(
+    error: BaseException, call: Call
+) -> None:
+    error.__cause__ = ValueError(SECRET)
+    status = status_of(error, call)
+    assert status.message == INTERNAL_MESSAGE
+    details = details_of(status)
+    assert details["RequestInfo"].request_id == call.request_id
+    assert details["ErrorInfo"].metadata["request_id"] == call.request_id
+    assert SECRET.encode() not in status.SerializeToString()
+
+
+async def test_all_violations_are_listed_and_the_first_names_the_field(call: Call) -> None:
+    details = details_of(status_of(InvalidRequest(BAD, LONG), call))
+    listed = [(v.field, v.description) for v in details["BadRequest"].field_violations]
+    assert listed == [(BAD.field, BAD.description), (LONG.field, LONG.description)]
+    assert details["ErrorInfo"].metadata["field"] == BAD.field
+
+
+@pytest.mark.parametrize("error", [Overloaded(7), Draining(), ShardUnavailable("shard-0")])
+async def test_what_may_pass_tells_when_to_try_again(error: Exception, call: Call) -> None:
+    retry = details_of(status_of(error, call))["RetryInfo"]
+    assert retry.retry_delay.ToMilliseconds() == RETRY_DELAY_S * 1000
+
+
+@pytest.mark.parametrize(
+    "error", [Draining(), ShardUnavailable("shard-0"), DefaultDeadlineExceeded(1.0)]
+)
+async def test_what_cuts_a_stream_tells_the_tokens_that_were_sent(
+    error: Exception, call: Call
+) -> None:
+    info = details_of(status_of(error, call))["ErrorInfo"]
+    assert info.metadata["tokens_emitted"] == str(TOKENS_EMITTED)
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "name"),
+    [
+        (AdapterNotFound("alpa", []), "adapter", "alpa"),
+        (VersionNotFound("alpha", 9, [1]), "adapter version", "alpha@9"),
+    ],
+)
+async def test_what_was_not_found_is_named(
+    error: Exception, kind: str, name: str, call: Call
+) -> None:
+    resource = details_of(status_of(error, call))["ResourceInfo"]
+    assert (resource.resource_type, resource.resource_name) == (kind, name)
+
+
+async def test_a_subclass_of_an_error_answers_as_its_base(call: Call) -> None:
+    class Special(PromptTooLong):
+        pass
+
+    info = details_of(status_of(Special(LONG), call))["ErrorInfo"]
+    assert info.reason == "PROMPT_TOO_LONG"
+
+
+LARGE: dict[str, pb.GenerateRequest] = {
+    "4096 wrong roles": pb.GenerateRequest(
+        chat=pb.Chat(messages=[pb.ChatMessage(role="wizard")] * 4096)
+    ),
+    "long roles": pb.GenerateRequest(
+        chat=pb.Chat(messages=[pb.ChatMessage(role="r" * 100_000)] * 20)
+    ),
+    "long roles of four bytes a character": pb.GenerateRequest(
+        chat=pb.Chat(messages=[pb.ChatMessage(role="\U0001f3f4" * 100)] * 4096)
+    ),
+    "1024 wrong biases": pb.GenerateRequest(
+        text="x", sampling=pb.SamplingParams(logit_bias=dict.fromkeys(range(1024), 1e9))
+    ),
+    "100000 empty stops": pb.GenerateRequest(
+        text="x", sampling=pb.SamplingParams(stop=[""] * 100_000)
+    ),
+    "a long adapter": pb.GenerateRequest(text="x", adapter="a" * 1_000_000),
+}
+
+
+@pytest.mark.parametrize("name", LARGE)
+async def test_an_error_is_small_enough_to_arrive_however_much_is_wrong(
+    name: str, fake: FakeGateway
+) -> None:
+    """A client's gRPC turns trailers of over 8 KiB into RESOURCE_EXHAUSTED without details."""
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await fake.stub.Generate(LARGE[name])
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert error_info(caught.value).reason == "INVALID_FIELD"
+    assert 1 <= len(bad_fields(caught.value)) <= 16
+    assert trailer_bytes(caught.value) < 8192
+
+
+def trailer_bytes(error: grpc.aio.AioRpcError) -> int:
+    """Size as a client in another language counts it; two of C++ leave the base64 out."""
+    details = dict(error.trailing_metadata() or ())[DETAILS_KEY]
+    assert isinstance(details, bytes)
+    return len(base64.b64encode(details)) + len(quote(error.details() or ""))
