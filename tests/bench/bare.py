@@ -53,7 +53,7 @@ def engine_options(settings: Settings, model_path: Path) -> EngineOptions:
     """The engine's options as the host derives them: those that settings have by the same name."""
     from engine.core import EngineOptions
 
-    shared = {field.name for field in fields(EngineOptions)} & settings.model_fields.keys()
+    shared = {field.name for field in fields(EngineOptions)} & Settings.model_fields.keys()
     options = {name: getattr(settings, name) for name in shared}
     options |= {"max_lora_rank": int(settings.max_lora_rank)}
     return EngineOptions(model_path=model_path, served_model_name=settings.model, **options)
