@@ -9,6 +9,7 @@ Makes the model and the adapter first, for the gateway too. The settings are fla
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import sys
 import tempfile
@@ -74,6 +75,8 @@ async def _run(options: EngineOptions, adapter_dir: str, answer: Callable[[Any],
         disable_log_stats=True,  # no default loggers; the same one as a worker's
         stat_loggers=[shard_stat_logger("bare")],
     )
+    # As the gateway's core: it ends when this process is gone.
+    await engine.engine_core.call_utility_async("gateway_adopt", os.getpid())
     renderer = PromptRenderer(engine.renderer, config)
     lora = LoRARequest(ADAPTER, 1, adapter_dir)
     await engine.add_lora(lora)
