@@ -62,17 +62,54 @@ class _ErrorReasonEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._En
     Code INVALID_ARGUMENT with BadRequest. Metadata: `field`.
     """
     ERROR_REASON_ADAPTER_NOT_FOUND: _ErrorReason.ValueType  # 10
-    """ERROR_REASON_ADAPTER_NOT_FOUND: no adapter of that name is served.
+    """ERROR_REASON_ADAPTER_NOT_FOUND: no adapter of that name exists.
     Code NOT_FOUND with ResourceInfo. Metadata: `adapter`.
     """
     ERROR_REASON_VERSION_NOT_FOUND: _ErrorReason.ValueType  # 11
-    """ERROR_REASON_VERSION_NOT_FOUND: the adapter is served, that version is not.
+    """ERROR_REASON_VERSION_NOT_FOUND: the adapter has no such version, or it was deleted.
     Code NOT_FOUND with ResourceInfo. Metadata: `adapter`, `version`.
     """
     ERROR_REASON_ADAPTER_INVALID: _ErrorReason.ValueType  # 12
-    """ERROR_REASON_ADAPTER_INVALID: an adapter was refused by validation before
-    any engine saw it. The message names the finding and the cure.
-    Code INVALID_ARGUMENT. Metadata: `adapter`.
+    """ERROR_REASON_ADAPTER_INVALID: an adapter was refused by validation. The
+    message names the first finding and the cure; all findings (at most 16)
+    come in a `google.rpc.BadRequest`.
+    Code INVALID_ARGUMENT. Metadata: `adapter`, and once it has one `version`.
+    """
+    ERROR_REASON_ADAPTER_NOT_READY: _ErrorReason.ValueType  # 13
+    """ERROR_REASON_ADAPTER_NOT_READY: the version is not READY, or the adapter
+    has no traffic split that could pick one.
+    Code FAILED_PRECONDITION. Metadata: `adapter`, and where it is about one
+    `version` and `state`.
+    """
+    ERROR_REASON_ADAPTER_LOAD_FAILED: _ErrorReason.ValueType  # 14
+    """ERROR_REASON_ADAPTER_LOAD_FAILED: a version that is READY could not be
+    loaded, for example because its stored files were damaged. The message
+    says why. Requests of other versions are not touched.
+    Code FAILED_PRECONDITION. Metadata: `adapter`, `version`.
+    """
+    ERROR_REASON_ETAG_MISMATCH: _ErrorReason.ValueType  # 15
+    """ERROR_REASON_ETAG_MISMATCH: the adapter changed since the etag was read.
+    Read it again and decide again.
+    Code ABORTED. Metadata: `adapter`, `etag` (the one that stands).
+    """
+    ERROR_REASON_REQUEST_ID_REUSED: _ErrorReason.ValueType  # 16
+    """ERROR_REASON_REQUEST_ID_REUSED: the request id (or upload id) was used with
+    other fields before.
+    Code ALREADY_EXISTS with ResourceInfo. Metadata: `request_id`.
+    """
+    ERROR_REASON_SOURCE_NOT_ALLOWED: _ErrorReason.ValueType  # 17
+    """ERROR_REASON_SOURCE_NOT_ALLOWED: the gateway may not read there; upload the
+    adapter, or have the place added to `--adapter-source-allow`.
+    Code PERMISSION_DENIED. Metadata: `source_uri`.
+    """
+    ERROR_REASON_VERSION_IN_USE: _ErrorReason.ValueType  # 18
+    """ERROR_REASON_VERSION_IN_USE: the version has traffic; move it first.
+    Code FAILED_PRECONDITION. Metadata: `adapter`, `version`.
+    """
+    ERROR_REASON_NOTHING_TO_ROLL_BACK: _ErrorReason.ValueType  # 19
+    """ERROR_REASON_NOTHING_TO_ROLL_BACK: the adapter has no earlier split, or a
+    version of it is not READY any more.
+    Code FAILED_PRECONDITION. Metadata: `adapter`.
     """
     ERROR_REASON_OVERLOADED: _ErrorReason.ValueType  # 20
     """ERROR_REASON_OVERLOADED: the gateway holds as many requests as it admits.
@@ -94,11 +131,52 @@ class _ErrorReasonEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._En
     request is aborted.
     Code DEADLINE_EXCEEDED. Metadata: `deadline_s`, `tokens_emitted`.
     """
+    ERROR_REASON_CONTROL_PLANE_UNAVAILABLE: _ErrorReason.ValueType  # 24
+    """ERROR_REASON_CONTROL_PLANE_UNAVAILABLE: the process that answers this
+    service is starting, ending or gone. Inference may still be served.
+    Code UNAVAILABLE with RetryInfo.
+    """
+    ERROR_REASON_STORAGE_FULL: _ErrorReason.ValueType  # 25
+    """ERROR_REASON_STORAGE_FULL: the disk of the state folder, or what uploads
+    may take of it, is full. Nothing of the call was kept.
+    Code RESOURCE_EXHAUSTED. Metadata: none.
+    """
     ERROR_REASON_INTERNAL: _ErrorReason.ValueType  # 30
     """ERROR_REASON_INTERNAL: a bug of the gateway or an engine-internal failure of
     this one request. The text is fixed; `google.rpc.RequestInfo` carries the
     id under which the server logged the cause.
     Code INTERNAL. Metadata: `request_id`.
+    """
+    ERROR_REASON_UPLOAD_NOT_FOUND: _ErrorReason.ValueType  # 40
+    """ERROR_REASON_UPLOAD_NOT_FOUND: no upload of that id; begin at offset 0.
+    Code NOT_FOUND with ResourceInfo. Metadata: `upload_id`.
+    """
+    ERROR_REASON_UPLOAD_OFFSET_MISMATCH: _ErrorReason.ValueType  # 41
+    """ERROR_REASON_UPLOAD_OFFSET_MISMATCH: a chunk does not begin where the
+    upload stands, or another call is writing to it. Ask QueryUpload.
+    Code FAILED_PRECONDITION. Metadata: `upload_id`, `offset` (expected next).
+    """
+    ERROR_REASON_CHECKSUM_MISMATCH: _ErrorReason.ValueType  # 42
+    """ERROR_REASON_CHECKSUM_MISMATCH: what arrived has another sha256 than was
+    announced. An upload is dropped; send it again from offset 0.
+    Code INVALID_ARGUMENT with BadRequest. Metadata: `expected_sha256`,
+    `actual_sha256`.
+    """
+    ERROR_REASON_UPLOAD_INCOMPLETE: _ErrorReason.ValueType  # 43
+    """ERROR_REASON_UPLOAD_INCOMPLETE: the stream ended before all bytes of the
+    weights had come. What came is kept: ask QueryUpload and go on.
+    Code FAILED_PRECONDITION. Metadata: `upload_id`, `offset`.
+    """
+    ERROR_REASON_REQUEST_NOT_FOUND: _ErrorReason.ValueType  # 44
+    """ERROR_REASON_REQUEST_NOT_FOUND: feedback for a request that no adapter
+    answered lately: the newest 100,000 requests are remembered, since the
+    gateway started.
+    Code NOT_FOUND with ResourceInfo. Metadata: `request_id`.
+    """
+    ERROR_REASON_SEQUENCE_UNKNOWN: _ErrorReason.ValueType  # 45
+    """ERROR_REASON_SEQUENCE_UNKNOWN: `after_sequence` is above the newest event:
+    it belongs to another state folder. Watch from 0.
+    Code OUT_OF_RANGE. Metadata: `sequence` (the newest).
     """
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
@@ -160,17 +238,54 @@ messages (for example two user turns in a row). The message says why.
 Code INVALID_ARGUMENT with BadRequest. Metadata: `field`.
 """
 ERROR_REASON_ADAPTER_NOT_FOUND: ErrorReason.ValueType  # 10
-"""ERROR_REASON_ADAPTER_NOT_FOUND: no adapter of that name is served.
+"""ERROR_REASON_ADAPTER_NOT_FOUND: no adapter of that name exists.
 Code NOT_FOUND with ResourceInfo. Metadata: `adapter`.
 """
 ERROR_REASON_VERSION_NOT_FOUND: ErrorReason.ValueType  # 11
-"""ERROR_REASON_VERSION_NOT_FOUND: the adapter is served, that version is not.
+"""ERROR_REASON_VERSION_NOT_FOUND: the adapter has no such version, or it was deleted.
 Code NOT_FOUND with ResourceInfo. Metadata: `adapter`, `version`.
 """
 ERROR_REASON_ADAPTER_INVALID: ErrorReason.ValueType  # 12
-"""ERROR_REASON_ADAPTER_INVALID: an adapter was refused by validation before
-any engine saw it. The message names the finding and the cure.
-Code INVALID_ARGUMENT. Metadata: `adapter`.
+"""ERROR_REASON_ADAPTER_INVALID: an adapter was refused by validation. The
+message names the first finding and the cure; all findings (at most 16)
+come in a `google.rpc.BadRequest`.
+Code INVALID_ARGUMENT. Metadata: `adapter`, and once it has one `version`.
+"""
+ERROR_REASON_ADAPTER_NOT_READY: ErrorReason.ValueType  # 13
+"""ERROR_REASON_ADAPTER_NOT_READY: the version is not READY, or the adapter
+has no traffic split that could pick one.
+Code FAILED_PRECONDITION. Metadata: `adapter`, and where it is about one
+`version` and `state`.
+"""
+ERROR_REASON_ADAPTER_LOAD_FAILED: ErrorReason.ValueType  # 14
+"""ERROR_REASON_ADAPTER_LOAD_FAILED: a version that is READY could not be
+loaded, for example because its stored files were damaged. The message
+says why. Requests of other versions are not touched.
+Code FAILED_PRECONDITION. Metadata: `adapter`, `version`.
+"""
+ERROR_REASON_ETAG_MISMATCH: ErrorReason.ValueType  # 15
+"""ERROR_REASON_ETAG_MISMATCH: the adapter changed since the etag was read.
+Read it again and decide again.
+Code ABORTED. Metadata: `adapter`, `etag` (the one that stands).
+"""
+ERROR_REASON_REQUEST_ID_REUSED: ErrorReason.ValueType  # 16
+"""ERROR_REASON_REQUEST_ID_REUSED: the request id (or upload id) was used with
+other fields before.
+Code ALREADY_EXISTS with ResourceInfo. Metadata: `request_id`.
+"""
+ERROR_REASON_SOURCE_NOT_ALLOWED: ErrorReason.ValueType  # 17
+"""ERROR_REASON_SOURCE_NOT_ALLOWED: the gateway may not read there; upload the
+adapter, or have the place added to `--adapter-source-allow`.
+Code PERMISSION_DENIED. Metadata: `source_uri`.
+"""
+ERROR_REASON_VERSION_IN_USE: ErrorReason.ValueType  # 18
+"""ERROR_REASON_VERSION_IN_USE: the version has traffic; move it first.
+Code FAILED_PRECONDITION. Metadata: `adapter`, `version`.
+"""
+ERROR_REASON_NOTHING_TO_ROLL_BACK: ErrorReason.ValueType  # 19
+"""ERROR_REASON_NOTHING_TO_ROLL_BACK: the adapter has no earlier split, or a
+version of it is not READY any more.
+Code FAILED_PRECONDITION. Metadata: `adapter`.
 """
 ERROR_REASON_OVERLOADED: ErrorReason.ValueType  # 20
 """ERROR_REASON_OVERLOADED: the gateway holds as many requests as it admits.
@@ -192,10 +307,51 @@ client had set none; its own deadline is enforced by gRPC). The engine
 request is aborted.
 Code DEADLINE_EXCEEDED. Metadata: `deadline_s`, `tokens_emitted`.
 """
+ERROR_REASON_CONTROL_PLANE_UNAVAILABLE: ErrorReason.ValueType  # 24
+"""ERROR_REASON_CONTROL_PLANE_UNAVAILABLE: the process that answers this
+service is starting, ending or gone. Inference may still be served.
+Code UNAVAILABLE with RetryInfo.
+"""
+ERROR_REASON_STORAGE_FULL: ErrorReason.ValueType  # 25
+"""ERROR_REASON_STORAGE_FULL: the disk of the state folder, or what uploads
+may take of it, is full. Nothing of the call was kept.
+Code RESOURCE_EXHAUSTED. Metadata: none.
+"""
 ERROR_REASON_INTERNAL: ErrorReason.ValueType  # 30
 """ERROR_REASON_INTERNAL: a bug of the gateway or an engine-internal failure of
 this one request. The text is fixed; `google.rpc.RequestInfo` carries the
 id under which the server logged the cause.
 Code INTERNAL. Metadata: `request_id`.
+"""
+ERROR_REASON_UPLOAD_NOT_FOUND: ErrorReason.ValueType  # 40
+"""ERROR_REASON_UPLOAD_NOT_FOUND: no upload of that id; begin at offset 0.
+Code NOT_FOUND with ResourceInfo. Metadata: `upload_id`.
+"""
+ERROR_REASON_UPLOAD_OFFSET_MISMATCH: ErrorReason.ValueType  # 41
+"""ERROR_REASON_UPLOAD_OFFSET_MISMATCH: a chunk does not begin where the
+upload stands, or another call is writing to it. Ask QueryUpload.
+Code FAILED_PRECONDITION. Metadata: `upload_id`, `offset` (expected next).
+"""
+ERROR_REASON_CHECKSUM_MISMATCH: ErrorReason.ValueType  # 42
+"""ERROR_REASON_CHECKSUM_MISMATCH: what arrived has another sha256 than was
+announced. An upload is dropped; send it again from offset 0.
+Code INVALID_ARGUMENT with BadRequest. Metadata: `expected_sha256`,
+`actual_sha256`.
+"""
+ERROR_REASON_UPLOAD_INCOMPLETE: ErrorReason.ValueType  # 43
+"""ERROR_REASON_UPLOAD_INCOMPLETE: the stream ended before all bytes of the
+weights had come. What came is kept: ask QueryUpload and go on.
+Code FAILED_PRECONDITION. Metadata: `upload_id`, `offset`.
+"""
+ERROR_REASON_REQUEST_NOT_FOUND: ErrorReason.ValueType  # 44
+"""ERROR_REASON_REQUEST_NOT_FOUND: feedback for a request that no adapter
+answered lately: the newest 100,000 requests are remembered, since the
+gateway started.
+Code NOT_FOUND with ResourceInfo. Metadata: `request_id`.
+"""
+ERROR_REASON_SEQUENCE_UNKNOWN: ErrorReason.ValueType  # 45
+"""ERROR_REASON_SEQUENCE_UNKNOWN: `after_sequence` is above the newest event:
+it belongs to another state folder. Watch from 0.
+Code OUT_OF_RANGE. Metadata: `sequence` (the newest).
 """
 Global___ErrorReason: typing_extensions.TypeAlias = ErrorReason
