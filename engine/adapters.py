@@ -48,8 +48,6 @@ class AdapterFacts:
     """Of the LoRA tensors."""
     dtype: str
     """Of the LoRA tensors, as torch calls it; `mixed` if they differ."""
-    warnings: tuple[str, ...]
-    """Sentences about what is served as it is, but was hardly meant so."""
 
 
 def check_adapter(
@@ -73,6 +71,11 @@ def check_adapter(
     rules = check_config(folder / CONFIG_FILE, max_lora_rank, findings)
     weights = _Weights(shapes, rules, dtype, findings)
     weights.check(folder / WEIGHTS_FILE)
+    if not findings.sentences() and not weights.has_effect:
+        findings.add(
+            "lora_A or lora_B of every module is zero, so it would change nothing: save the "
+            "adapter after it was trained"
+        )
     if sentences := findings.sentences():
         raise AdapterInvalid(adapter, sentences)
     return weights.facts()
@@ -92,7 +95,7 @@ class _Weights:
         self._num_parameters = 0
         self._ranks: dict[str, int] = {}
         self._dtypes: set[str] = set()
-        self._has_effect = False
+        self.has_effect = False
 
     def check(self, path: Path) -> None:
         from safetensors import SafetensorError, safe_open
@@ -217,7 +220,7 @@ class _Weights:
             self._num_parameters += math.prod(shape)
             self._ranks[module] = shape[0] if side == "lora_A" else shape[1]
             effect *= self._check_values(tensors, name, module, side)
-        self._has_effect |= effect > 0.0
+        self.has_effect |= effect > 0.0
 
     def _fits(self, shape: list[int], wanted: tuple[int | None, int | None]) -> bool:
         return len(shape) == len(wanted) and all(
@@ -250,11 +253,6 @@ class _Weights:
 
     def facts(self) -> AdapterFacts:
         """Once there are no findings."""
-        warnings = []
-        if not self._has_effect:
-            warnings.append(
-                "lora_A or lora_B of every module is zero, so the answers are the base model's"
-            )
         return AdapterFacts(
             rank=max(self._ranks.values()),
             target_modules=tuple(sorted({module.rpartition(".")[2] for module in self._ranks})),
@@ -262,7 +260,6 @@ class _Weights:
             num_tensors=self._num_tensors,
             num_parameters=self._num_parameters,
             dtype=self._dtypes.pop() if len(self._dtypes) == 1 else "mixed",
-            warnings=tuple(warnings),
         )
 
 

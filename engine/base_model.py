@@ -48,13 +48,14 @@ HEADER_LENGTH = struct.Struct("<Q")
 def base_model_shapes(model_path: Path) -> ModuleShapes:
     """Every module of the base model that an adapter may change, with its shape.
 
-    Those are the linear layers of the text decoder, and embeddings and output head where
-    vLLM's model class names them (`embedding_modules`, vllm/model_executor/models/
-    interfaces.py:681; Llama and Qwen3 do, Qwen2 does not). For embeddings `in` is the
-    vocabulary. The model is built from `config.json` on the meta device, so it needs neither
-    memory nor weights, and a quantized checkpoint has the shapes of the model it stands for.
-    Not in here: vision and audio towers, whose adapters vLLM ignores unless told otherwise
-    (vllm/lora/model_manager.py:240), and experts, which are no linear layers in transformers.
+    Those are the linear layers of the text decoder, and the embeddings where vLLM's model class
+    names them (`embedding_modules`, vllm/model_executor/models/interfaces.py:681; Llama and
+    Qwen3 do, Qwen2 does not); for these `in` is the vocabulary. The model is built from
+    `config.json` on the meta device, so it needs neither memory nor weights, and a quantized
+    checkpoint has the shapes of the model it stands for. Not in here: the output head (see
+    `logits_without_lora` in `engine/core_plugin.py`), vision and audio towers, whose adapters
+    vLLM ignores unless told otherwise (vllm/lora/model_manager.py:240), and experts, which are
+    no linear layers in transformers.
 
     Raises ModelNotFound if transformers cannot build the model, or vLLM not import its class.
     """
@@ -81,11 +82,9 @@ def base_model_shapes(model_path: Path) -> ModuleShapes:
         if isinstance(module, torch.nn.Linear)
     }
     adaptable = _adaptable_embeddings(config.architectures or [type(model).__name__])
-    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+    embeddings = model.get_input_embeddings()
     if names[id(embeddings)].rpartition(".")[2] in adaptable:
         shapes[names[id(embeddings)]] = (embeddings.embedding_dim, embeddings.num_embeddings)
-    if head is not None and names[id(head)].rpartition(".")[2] in adaptable:
-        shapes[names[id(head)]] = (head.out_features, head.in_features)
     return shapes
 
 

@@ -1,130 +1,369 @@
-"""The adapters that are served: from a folder to READY on the shard, by the safe path.
+"""The catalog: every adapter version from its source to READY, and from READY to its end.
 
-    copy -> check -> commit under its digest -> register -> add_lora -> serve
+    begin (a number) -> inspect (copy, check) -> keep -> load and probe -> READY
+    drain (nobody gets it) -> out of every engine -> DELETED -> files gone
 
-vLLM sees only our own immutable copy, only after it was checked, and first by `add_lora`,
-whose failure is an answer; the same failure inside `generate` would end the engine for
-everyone (ADR 0004).
+The registry decides what is true. What a crash interrupts is done again at the next start.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Coroutine, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any, TypeVar
 
-from engine.adapters import AdapterFacts, check_adapter
-from engine.base_model import ModuleShapes
-from engine.errors import AdapterInvalid, GenerationFailed
-from engine.generation import ServedVersion
-from engine.pool import ServedAdapter, ServedView
-from engine.shard import VllmShard
-from store.artifacts import Artifact, ArtifactStore, SourceUnusable
-from store.registry import Registry, VersionRecord
+from engine.adapters import AdapterFacts
+from engine.errors import AdapterInvalid, AdapterLoadFailed, EngineError
+from engine.generation import ServedVersion, VersionKey
+from engine.intake import UPLOAD_SCHEME, Announced, Inspected, Intake
+from engine.ledger import Ledger
+from engine.pool import ShardPool
+from engine.probe import Probe
+from engine.residency import Place, Residency
+from store.artifacts import ArtifactDamaged, ArtifactStore
+from store.records import (
+    AdapterRecord,
+    Arm,
+    Content,
+    Guard,
+    NewVersion,
+    VersionRecord,
+    VersionState,
+)
+from store.registry import Registry
+from store.uploads import UploadStore
 
 logger = logging.getLogger(__name__)
 
-LOAD_ATTEMPTS = 2
-"""A failed `add_lora` may be passing; each attempt gets a new id (ADR 0004)."""
+T = TypeVar("T")
 
-
-@dataclass(frozen=True, slots=True)
-class CheckedAdapter:
-    """An adapter whose copy is ours, checked and immutable; no engine has seen it yet."""
-
-    adapter: str
-    artifact: Artifact
-    facts: AdapterFacts
+GATEWAY = "gateway"
+"""Actor of what the gateway does by itself."""
+INTERNAL_FINDING = (
+    "the gateway failed to check it, and logged why: tell the operator, and create it again"
+)
 
 
 class AdapterCatalog:
-    """Takes adapters in, loads them on a shard, knows what is served. Owned by the host."""
+    """All adapters of one gateway. Owned by the host, which calls `close`."""
 
     def __init__(
         self,
-        store: ArtifactStore,
+        ledger: Ledger,
         registry: Registry,
-        shapes: ModuleShapes,
-        *,
-        max_lora_rank: int,
-        dtype: str,
+        store: ArtifactStore,
+        uploads: UploadStore,
+        intake: Intake,
     ) -> None:
-        """`shapes` are the base model's linear modules, `dtype` is what it computes in."""
-        self._store = store
+        """Changes go through `ledger`; `registry` is read."""
+        self._ledger = ledger
         self._registry = registry
-        self._shapes = shapes
-        self._max_lora_rank = max_lora_rank
-        self._dtype = dtype
-        self._served: dict[str, ServedAdapter] = {}
+        self._store = store
+        self._uploads = uploads
+        self._intake = intake
+        self._residencies: Mapping[str, Residency] = {}
+        self._pool: ShardPool | None = None
+        self._probe: Probe | None = None
+        self._candidates: dict[VersionKey, ServedVersion] = {}
+        """Versions that are loaded and probed before they are READY."""
+        self._kept: Counter[str] = Counter()
+        """Digests that validations rely on; the registry does not know of them yet."""
+        self._files = asyncio.Lock()
+        """Held while artifacts are kept or removed: versions may share one."""
+        self._work: dict[VersionKey, asyncio.Task[None]] = {}
+        """Validations and deletions that run."""
 
-    def view(self) -> ServedView:
-        """What is served now, for the workers."""
-        return ServedView(dict(self._served))
+    def serve_on(self, residencies: Mapping[str, Residency], pool: ShardPool, probe: Probe) -> None:
+        """Load and probe on these shards from now on."""
+        self._residencies, self._pool, self._probe = residencies, pool, probe
 
-    async def take(self, adapter: str, source: Path) -> CheckedAdapter:
-        """Copy the adapter in `source` and check the copy. Needs no engine.
+    async def resume(self) -> None:
+        """Go on with what the last process left undone, and sweep what it left over."""
+        for record in await self._registry.versions_in(VersionState.VALIDATING):
+            logger.info("goes on with the validation of %s", _name(record))
+            self._begin_work(record, self._validate(record))
+        for record in await self._registry.versions_in(VersionState.DRAINING):
+            logger.info("goes on with the deletion of %s", _name(record))
+            self._begin_work(record, self._finish_deletion(record))
 
-        Raises AdapterInvalid with every finding.
+    async def close(self) -> None:
+        """Stop what runs; the next start goes on with it."""
+        for task in self._work.values():
+            task.cancel()
+        await asyncio.gather(*self._work.values(), return_exceptions=True)
+
+    # --- from a source to READY ---------------------------------------------
+
+    async def validate(
+        self, tenant: str, source_uri: str, announced: Announced
+    ) -> tuple[AdapterFacts, Content]:
+        """Check an adapter and keep nothing. Raises AdapterInvalid, SourceNotAllowed."""
+        self._intake.check_source(source_uri, source_uri)
+        async with self._intake.inspect(tenant, source_uri, source_uri, announced) as inspected:
+            return inspected.facts, _content(inspected)
+
+    async def create(self, new: NewVersion, *, request_id: str, actor: str) -> VersionRecord:
+        """Begin a version, or find the one that this request made. Returns at once.
+
+        Raises AdapterInvalid and SourceNotAllowed for what cannot be a source, and
+        RequestIdReused.
         """
-        return await asyncio.to_thread(self._take, adapter, source)
+        if not new.source_uri.startswith(UPLOAD_SCHEME):
+            self._intake.check_source(new.adapter, new.source_uri)
+        record = await self._ledger.begin(new, request_id=request_id, actor=actor)
+        if record.state is VersionState.VALIDATING:
+            self._begin_work(record, self._validate(record))
+        return record
 
-    def _take(self, adapter: str, source: Path) -> CheckedAdapter:
-        try:
-            with self._store.stage(source) as staged:
-                facts = check_adapter(
-                    staged.path,
-                    adapter=adapter,
-                    shapes=self._shapes,
-                    max_lora_rank=self._max_lora_rank,
-                    dtype=self._dtype,
-                )
-                return CheckedAdapter(adapter, staged.commit(), facts)
-        except SourceUnusable as error:
-            raise AdapterInvalid(adapter, [str(error)]) from error
+    async def settled(self, record: VersionRecord) -> VersionRecord:
+        """The version once it is READY. Raises AdapterInvalid when it fails."""
+        key = _key(record)
+        if (work := self._work.get(key)) is not None:
+            await asyncio.shield(work)
+        record = await self._registry.version(*key)
+        if record.state is VersionState.FAILED:
+            raise AdapterInvalid(record.adapter, record.findings, record.version)
+        return record
 
-    async def serve(self, tenant: str, checked: CheckedAdapter, shard: VllmShard) -> ServedVersion:
-        """Load the adapter on the shard and serve it; its bytes decide whether it is a new
-        version. Raises AdapterInvalid if the engine refuses it.
+    async def adopt(self, tenant: str, adapter: str, folder: Path) -> VersionRecord:
+        """A READY version with the files of a folder that the operator named, made unless
+        there is one. Raises AdapterInvalid.
         """
-        record = await self._registry.register(tenant, checked.adapter, checked.artifact.digest)
-        version = await self._load(_served_version(record, checked.artifact), shard)
-        self._served[checked.adapter] = ServedAdapter(version.version, {version.version: version})
-        for warning in checked.facts.warnings:
-            logger.warning("adapter %s: %s", checked.adapter, warning)
-        logger.info(
-            "adapter %s version %d is served: rank %d, digest %s",
-            checked.adapter,
-            version.version,
-            checked.facts.rank,
-            checked.artifact.digest[:12],
-        )
-        return version
-
-    async def _load(self, version: ServedVersion, shard: VllmShard) -> ServedVersion:
-        for attempt in range(1, LOAD_ATTEMPTS + 1):
+        async with self._intake.inspect_folder(adapter, folder) as inspected:
+            found = await self._registry.find_ready(tenant, adapter, inspected.staged.digest)
+            if found is not None:
+                await _to_its_end(asyncio.to_thread(inspected.staged.commit))  # if gone
+                return found
+            new = NewVersion(tenant, adapter, str(folder))
+            record = await self._ledger.begin(new, request_id="", actor=GATEWAY)
             try:
-                await shard.load(version)
-                return version
-            except GenerationFailed as error:
-                logger.warning("adapter %s: attempt %d: %s", version.adapter, attempt, error)
-                refusal = AdapterInvalid(version.adapter, [f"the engine refuses it: {error}"])
-                version = await self._with_new_id(version)
-        raise refusal
+                await self._admit(record, inspected)
+            except AdapterInvalid as error:
+                await self._refuse(record, error.findings)
+                raise
+        return await self._registry.version(*_key(record))
 
-    async def _with_new_id(self, version: ServedVersion) -> ServedVersion:
-        lora_int_id = await self._registry.mint_lora_int_id(
-            version.tenant, version.adapter, version.version
+    async def _validate(self, record: VersionRecord) -> None:
+        """From VALIDATING to READY or FAILED. If a shard dies, the next start goes on."""
+        announced = Announced(record.expected_sha256, record.fingerprints)
+        try:
+            async with self._intake.inspect(
+                record.tenant, record.adapter, record.source_uri, announced
+            ) as inspected:
+                await self._admit(record, inspected)
+        except AdapterInvalid as error:
+            await self._refuse(record, error.findings)
+        except OSError as error:
+            logger.error("%s: %s", _name(record), error)
+            reason = f"the gateway could not store it ({error.strerror}): create it again later"
+            await self._refuse(record, [reason])
+        if record.source_uri.startswith(UPLOAD_SCHEME):
+            upload_id = record.source_uri.removeprefix(UPLOAD_SCHEME)
+            await asyncio.to_thread(self._uploads.drop, record.tenant, upload_id)
+
+    async def _admit(self, record: VersionRecord, inspected: Inspected) -> None:
+        """Keep the files, load and probe the version, make it READY. Raises AdapterInvalid;
+        then nothing of it is left in the store or in an engine."""
+        key, content = _key(record), _content(inspected)
+        async with self._files:
+            artifact = await _to_its_end(asyncio.to_thread(inspected.staged.commit))
+            self._kept[content.digest] += 1
+        self._candidates[key] = _served(record, content.digest, artifact.path)
+        ready = False
+        try:
+            await self._try_out(key)
+            await _to_its_end(self._ledger.complete(key, content, actor=GATEWAY))
+            ready = True
+            logger.info("%s is READY: rank %d", _name(record), content.rank)
+        finally:
+            del self._candidates[key]
+            self._kept[content.digest] -= 1
+            if not ready:
+                await asyncio.shield(self._forget(key, content.digest))
+
+    async def _try_out(self, key: VersionKey) -> None:
+        assert self._pool is not None and self._probe is not None
+        try:
+            await self.load(key)
+            async with self._pool.route_to(key).lease() as version:
+                assert version is not None
+                findings = await self._probe.findings(version)
+        except AdapterLoadFailed as error:
+            findings = [error.reason]
+        if findings:
+            raise AdapterInvalid(key.adapter, findings, key.version)
+
+    async def _refuse(self, record: VersionRecord, findings: Sequence[str]) -> None:
+        await self._ledger.fail(_key(record), findings, actor=GATEWAY)
+        logger.warning("%s FAILED: %s", _name(record), "; ".join(findings))
+
+    # --- from READY to the end ----------------------------------------------
+
+    async def delete(self, key: VersionKey, *, actor: str) -> VersionRecord:
+        """Delete a version without traffic, once its last request has ended.
+
+        Cancelled, it goes on. Raises VersionInUse, TransitionRefused, VersionUnknown.
+        """
+        record = await self._ledger.drain(key, actor=actor)
+        if record.state is VersionState.DRAINING:
+            await asyncio.shield(self._begin_work(record, self._finish_deletion(record)))
+        elif record.state is VersionState.FAILED:
+            await self._ledger.delete(key, actor=actor)
+        return await self._registry.version(*key)
+
+    async def _finish_deletion(self, record: VersionRecord) -> None:
+        key = _key(record)
+        await self.unload(key)
+        await self._ledger.delete(key, actor=GATEWAY)
+        if record.content is not None:
+            await self._forget(key, record.content.digest)
+        logger.info("%s is DELETED", _name(record))
+
+    async def _forget(self, key: VersionKey, digest: str) -> None:
+        """Take a version out of all engines, and remove its files if no other has them."""
+        await self.unload(key)
+        async with self._files:
+            if not self._kept[digest] and not await self._registry.digest_in_use(digest):
+                await asyncio.to_thread(self._store.remove, digest)
+
+    # --- traffic ------------------------------------------------------------
+
+    async def set_traffic(
+        self,
+        tenant: str,
+        adapter: str,
+        arms: Sequence[Arm],
+        *,
+        guard: Guard | None,
+        etag: str,
+        actor: str,
+    ) -> AdapterRecord:
+        """Split traffic, over versions that are loaded by then.
+
+        Raises AdapterUnknown, VersionUnknown, VersionNotReady, EtagMismatch and
+        AdapterLoadFailed; then the split is as it was.
+        """
+        for arm in arms:
+            await self._load_if_ready(VersionKey(tenant, adapter, arm.version))
+        return await self._ledger.set_traffic(
+            tenant, adapter, arms, guard=guard, etag=etag, actor=actor
         )
-        return replace(version, lora_int_id=lora_int_id)
+
+    async def promote(self, key: VersionKey, *, etag: str, actor: str) -> AdapterRecord:
+        """Give one version all traffic. Raises as `set_traffic` does."""
+        await self._load_if_ready(key)
+        return await self._ledger.promote(key, etag=etag, actor=actor)
+
+    async def _load_if_ready(self, key: VersionKey) -> None:
+        """Before callers come; the registry refuses what is not READY, in its own words."""
+        if (await self._registry.version(*key)).state is VersionState.READY:
+            await self.load(key)
+
+    # --- engines ------------------------------------------------------------
+
+    async def load(self, key: VersionKey) -> None:
+        """Load a version on its shards. Raises AdapterLoadFailed, ShardUnavailable."""
+        for residency in self._residencies.values():
+            await residency.ensure(key)
+
+    async def unload(self, key: VersionKey) -> None:
+        """Take a version out of its shards, once nothing runs on it there."""
+        await asyncio.gather(*(r.remove(key) for r in self._residencies.values()))
+
+    def places(self, key: VersionKey) -> dict[str, Place]:
+        """Where a version is resident, by shard."""
+        found = {name: r.place(key) for name, r in self._residencies.items()}
+        return {name: place for name, place in found.items() if place is not None}
+
+    async def find(self, key: VersionKey) -> ServedVersion:
+        """The version with its verified files, to be loaded. Raises AdapterLoadFailed."""
+        if (candidate := self._candidates.get(key)) is not None:
+            return candidate
+        record = await self._registry.version(*key)
+        if record.state is not VersionState.READY or record.content is None:
+            raise AdapterLoadFailed(key.adapter, key.version, f"it is {record.state.name}")
+        try:
+            artifact = await asyncio.to_thread(self._store.open_verified, record.content.digest)
+        except ArtifactDamaged as error:
+            raise AdapterLoadFailed(key.adapter, key.version, str(error)) from error
+        return _served(record, record.content.digest, artifact.path)
+
+    async def with_new_id(self, version: ServedVersion) -> ServedVersion:
+        """The same version under an id that no engine has seen."""
+        minted = await self._registry.mint_lora_int_id(*version.key)
+        return replace(version, lora_int_id=minted)
+
+    # --- work ---------------------------------------------------------------
+
+    def _begin_work(
+        self, record: VersionRecord, work: Coroutine[Any, Any, None]
+    ) -> asyncio.Task[None]:
+        """Run a validation or deletion, once at a time for each version."""
+        key = _key(record)
+        if key in self._work:
+            work.close()
+            return self._work[key]
+        task = self._work[key] = asyncio.create_task(self._until_done(record, work))
+        task.add_done_callback(lambda task: self._end_work(key, task))
+        return task
+
+    async def _until_done(self, record: VersionRecord, work: Coroutine[Any, Any, None]) -> None:
+        try:
+            await work
+        except EngineError:
+            raise
+        except Exception:
+            logger.exception("%s: unexpected", _name(record))
+            if record.state is not VersionState.VALIDATING:
+                raise
+            await self._refuse(record, [INTERNAL_FINDING])
+
+    def _end_work(self, key: VersionKey, task: asyncio.Task[None]) -> None:
+        del self._work[key]
+        if not task.cancelled() and (error := task.exception()) is not None:
+            logger.error("%s: left for the next start: %s", key, error)
 
 
-def _served_version(record: VersionRecord, artifact: Artifact) -> ServedVersion:
+async def _to_its_end(work: Coroutine[Any, Any, T]) -> T:
+    """Do what must not be left half done, also if we are cancelled: files that are kept must not
+    be dropped meanwhile."""
+    task = asyncio.ensure_future(work)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait((task,))
+        raise
+
+
+def _key(record: VersionRecord) -> VersionKey:
+    return VersionKey(record.tenant, record.adapter, record.version)
+
+
+def _name(record: VersionRecord) -> str:
+    return f"adapter {record.adapter} version {record.version}"
+
+
+def _served(record: VersionRecord, digest: str, path: Path) -> ServedVersion:
     return ServedVersion(
         tenant=record.tenant,
         adapter=record.adapter,
         version=record.version,
         lora_int_id=record.lora_int_id,
-        path=str(artifact.path),
-        digest=artifact.digest,
+        path=str(path),
+        digest=digest,
+    )
+
+
+def _content(inspected: Inspected) -> Content:
+    staged, facts = inspected.staged, inspected.facts
+    return Content(
+        digest=staged.digest,
+        weights_sha256=staged.weights_sha256,
+        size_bytes=staged.size_bytes,
+        rank=facts.rank,
+        target_modules=facts.target_modules,
     )

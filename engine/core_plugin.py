@@ -1,20 +1,24 @@
-"""What the gateway adds to vLLM's engine core process: three utility calls.
+"""What the gateway adds to vLLM's engine core process: a few utility calls.
 
 vLLM loads this through the entry point group `vllm.general_plugins`, in every process
 that it runs in (vllm/plugins/__init__.py). A client calls a utility by its method name
 (`EngineCoreProc._handle_client_request`, vllm/v1/engine/core.py:1674), so adding methods
-is enough: nothing of vLLM's is replaced. They run in the core's own loop, between steps.
+is enough. They run in the core's own loop, between steps. Three things of vLLM's are replaced,
+so that no adapter reaches the requests of others: see `logits_without_lora`,
+`expanding_adapters_only` and `always`.
 `docs/adr/0002-processes-and-vllm-internals.md` tells why, and
 `tests/contract/test_vllm_internals.py` fails when what they touch moves.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
 import multiprocessing
 import os
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 PARENT_POLL_S = 0.5
@@ -23,13 +27,26 @@ PARENT_POLL_S = 0.5
 
 def register() -> None:
     """Add the utilities. vLLM may call this more than once in a process."""
+    from vllm.lora.layers.logits_processor import LogitsProcessorWithLoRA
+    from vllm.platforms import current_platform
     from vllm.v1.engine.core import EngineCoreProc
+    from vllm.v1.kv_cache_interface import KVCacheConfig
 
     # It warns that there is no Triton, in every process; on a CPU there is none.
     logging.getLogger("torch._library.triton").setLevel(logging.ERROR)
 
-    for utility in (gateway_adopt, gateway_abort_client, gateway_stop):
+    for utility in (
+        gateway_adopt,
+        gateway_abort_client,
+        gateway_requests_of,
+        gateway_load,
+        gateway_stop,
+    ):
         setattr(EngineCoreProc, utility.__name__, utility)
+    LogitsProcessorWithLoRA._get_logits = logits_without_lora  # type: ignore[method-assign]
+    KVCacheConfig.needs_kv_cache_zeroing = property(always)  # type: ignore[assignment]
+    if current_platform.is_cpu():
+        _mend_cpu_kernels()
 
 
 def gateway_adopt(self: Any, host_pid: int) -> int:
@@ -65,6 +82,23 @@ def gateway_abort_client(self: Any, client_index: int) -> int:
     return len(request_ids)
 
 
+def gateway_requests_of(self: Any, client_index: int, lora_int_id: int) -> int:
+    """Count the requests of one client slot on one adapter. An adapter that is removed while
+    a request names it is read again from disk in the next step (ADR 0007)."""
+    return sum(
+        request.client_index == client_index
+        and request.lora_request is not None
+        and request.lora_request.lora_int_id == lora_int_id
+        for request in self.scheduler.requests.values()
+    )
+
+
+def gateway_load(self: Any) -> list[int]:
+    """Requests that run, and requests that wait, over all clients."""
+    running, waiting = self.scheduler.get_request_counts()
+    return [int(running), int(waiting)]
+
+
 def gateway_stop(self: Any) -> None:
     """End the core in order: it frees its devices and exits with 0.
 
@@ -74,3 +108,64 @@ def gateway_stop(self: Any) -> None:
     from vllm.v1.engine.core import EngineShutdownState
 
     self.shutdown_state = EngineShutdownState.REQUESTED
+
+
+def logits_without_lora(
+    self: Any,
+    hidden_states: Any,
+    lm_head: Any,
+    embedding_bias: Any = None,
+    skip_gather: bool = False,
+) -> Any:
+    """Logits of the base model's output head, in place of `LogitsProcessorWithLoRA._get_logits`.
+
+    vLLM adds the head's LoRA weights by a mapping of one row for each request that samples, also
+    to the rows of a prompt whose tokens are scored (`prompt_logprobs`, vllm/v1/worker/
+    gpu_model_runner.py:5375). Two requests at once, one of them with prompt_logprobs, ended the
+    engine on a CPU: "einsum(): subscript b has size 2 for operand 1". So no adapter of the
+    output head is taken in (`engine/base_model.py`), and here is nothing to add.
+    """
+    head = getattr(lm_head, "base_layer", lm_head)
+    return self.base_layer._get_logits(hidden_states, head, embedding_bias, skip_gather)
+
+
+def expanding_adapters_only(expand: Callable[..., None]) -> Callable[..., None]:
+    """One of vLLM's expand kernels for the CPU, made to leave the base model's rows alone.
+
+    Rows without an adapter have the index -1, by which these kernels take the last slot
+    (vllm/lora/ops/torch_ops/lora_ops.py:32). Once an adapter was in it, requests of the base
+    model that shared a batch with any adapter were answered with that adapter's weights.
+    """
+
+    @functools.wraps(expand)
+    def expand_adapters(
+        inputs: Any, weights: Any, output: Any, indices: Any, *rest: Any, **options: Any
+    ) -> None:
+        inputs = inputs.masked_fill((indices < 0).unsqueeze(1), 0.0)
+        expand(inputs, weights, output, indices, *rest, **options)
+
+    return expand_adapters
+
+
+def always(self: Any) -> bool:
+    """Zero the blocks of the KV cache before a request gets them, in place of
+    `KVCacheConfig.needs_kv_cache_zeroing`.
+
+    An adapter whose activations overflow leaves NaN in its blocks, and the block that it filled
+    in part is the first to be used again (vllm/v1/core/block_pool.py:801). Attention weighs what
+    lies beyond a request's end with 0, and 0 * NaN is NaN: on a CPU the next request, of
+    whomever, was answered in NaN.
+    """
+    return True
+
+
+def _mend_cpu_kernels() -> None:
+    from vllm.lora.ops.torch_ops import lora_ops
+    from vllm.lora.punica_wrapper import punica_cpu
+
+    for name in ("bgmv_expand", "bgmv_expand_slice"):  # the sgmv ones call these
+        kernel = getattr(lora_ops, name)
+        if not hasattr(kernel, "__wrapped__"):
+            mended = expanding_adapters_only(kernel)
+            setattr(lora_ops, name, mended)
+            setattr(punica_cpu, name, mended)

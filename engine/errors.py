@@ -10,9 +10,11 @@
     │   ├── InvalidStructuredOutput
     │   └── ChatTemplateRefused
     ├── ChatTemplateMissing      the base model has no chat template
-    ├── AdapterInvalid           refused by validation, before any engine saw it
+    ├── AdapterInvalid           refused by validation, or by the engine's probe
     ├── AdapterNotFound
     │   └── VersionNotFound
+    ├── AdapterNotReady          it exists, and cannot answer
+    ├── AdapterLoadFailed        it is READY, and could not be loaded
     ├── ShardUnavailable         the engine died, or aborted the request unasked
     └── GenerationFailed         the engine failed this one request
 
@@ -22,8 +24,9 @@ for callers: they say what to do, and hold no internals.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 
 class EngineError(Exception):
@@ -104,33 +107,67 @@ class ChatTemplateMissing(EngineError):
 
 
 class AdapterInvalid(EngineError):
-    """An adapter was refused before any engine saw it."""
+    """An adapter was refused: `findings` are sentences that say what is wrong and what to do."""
 
-    def __init__(self, adapter: str, findings: Sequence[str]) -> None:
+    def __init__(self, adapter: str, findings: Sequence[str], version: int = 0) -> None:
         super().__init__(f"adapter {adapter!r} cannot be served: " + "; ".join(findings))
         self.adapter = adapter
         self.findings = tuple(findings)
+        self.version = version
+        """The number that it had got; 0 if none."""
+
+
+MAX_NAMES = 10
+"""Names that an error lists; there may be thousands."""
 
 
 class AdapterNotFound(EngineError):
-    """No adapter of that name is served."""
+    """There is no adapter of that name."""
 
-    def __init__(self, adapter: str, served: Sequence[str]) -> None:
-        known = ", ".join(sorted(served)[:10]) or "none"
-        super().__init__(f"adapter {adapter!r} is unknown; served here: {known}")
+    def __init__(self, adapter: str, served: Collection[str]) -> None:
+        known = ", ".join(islice(served, MAX_NAMES)) or "none"
+        more = len(served) - MAX_NAMES
+        super().__init__(
+            f"adapter {adapter!r} is unknown; served here: {known}"
+            + (f" and {more} more" if more > 0 else "")
+        )
         self.adapter = adapter
 
 
 class VersionNotFound(AdapterNotFound):
-    """The adapter is served, but not in that version."""
+    """The adapter is there, but has no READY version of that number."""
 
-    def __init__(self, adapter: str, version: int, served: Sequence[int]) -> None:
-        known = ", ".join(str(v) for v in sorted(served))
+    def __init__(self, adapter: str, version: int, ready: Collection[int]) -> None:
+        known = ", ".join(str(v) for v in sorted(ready)[-MAX_NAMES:]) or "none"
         EngineError.__init__(
-            self, f"adapter {adapter!r} has no version {version}; served here: {known}"
+            self, f"adapter {adapter!r} has no READY version {version}; READY here: {known}"
         )
         self.adapter = adapter
         self.version = version
+
+
+class AdapterNotReady(EngineError):
+    """The adapter is there, but no version of it has traffic."""
+
+    def __init__(self, adapter: str, ready: Collection[int]) -> None:
+        known = ", ".join(str(v) for v in sorted(ready)[-MAX_NAMES:])
+        advice = (
+            f"name one ({known}), or give one traffic with PromoteVersion"
+            if ready
+            else "none is READY yet: GetAdapterVersion tells its state"
+        )
+        super().__init__(f"no version of adapter {adapter!r} has traffic; {advice}")
+        self.adapter = adapter
+
+
+class AdapterLoadFailed(EngineError):
+    """A version that passed its checks could not be loaded. Other versions are not touched."""
+
+    def __init__(self, adapter: str, version: int, reason: str) -> None:
+        super().__init__(f"version {version} of adapter {adapter!r} cannot be loaded: {reason}")
+        self.adapter = adapter
+        self.version = version
+        self.reason = reason
 
 
 class ShardUnavailable(EngineError):

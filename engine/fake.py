@@ -56,6 +56,9 @@ class FakeShard:
             raise PromptMissing(Violation("prompt", "must not be empty"))
         return RenderedPrompt(None, token_ids, 0.0)
 
+    async def tokenize(self, text: str) -> list[int]:
+        return list((await self.render(text)).token_ids)
+
     async def decode_each(self, token_ids: Sequence[int]) -> list[str]:
         return [f"{token_id} " for token_id in token_ids]
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,9 +32,17 @@ Prompt = str | Sequence[int] | Chat
 """Text, token ids, or a conversation."""
 
 
+class VersionKey(NamedTuple):
+    """Names one version of an adapter, over all tenants."""
+
+    tenant: str
+    adapter: str
+    version: int
+
+
 @dataclass(frozen=True, slots=True)
 class ServedVersion:
-    """One version of an adapter that shards have loaded."""
+    """One version of an adapter, as a shard loads it and names it to vLLM."""
 
     tenant: str
     adapter: str
@@ -44,6 +52,11 @@ class ServedVersion:
     path: str
     """Folder of our own immutable copy, named by its digest."""
     digest: str
+
+    @property
+    def key(self) -> VersionKey:
+        """Which version this is."""
+        return VersionKey(self.tenant, self.adapter, self.version)
 
     @property
     def lora_name(self) -> str:

@@ -80,18 +80,39 @@ class PromptRenderer:
             raise self._too_long(len(token_ids))
         return RenderedPrompt(engine_input, token_ids, time.monotonic() - start)
 
+    async def tokenize(self, text: str) -> list[int]:
+        """Token ids of text that goes on after a prompt: no special tokens around it.
+
+        Raises PromptMissing or PromptTooLong.
+        """
+        from vllm.exceptions import VLLMValidationError
+
+        try:
+            engine_input = await self._render_text(text, special_tokens=False)
+        except VLLMValidationError as error:
+            raise self._too_long(self._max_model_len + 1) from error
+        token_ids: list[int] = list(engine_input["prompt_token_ids"])
+        if not token_ids:
+            raise PromptMissing(Violation("text", "renders to no tokens; say more"))
+        return token_ids
+
     async def decode_each(self, token_ids: Sequence[int]) -> list[str]:
         """The text of each token by itself."""
         tokenizer = self._renderer.get_tokenizer()
         return await asyncio.to_thread(lambda: [tokenizer.decode([i]) for i in token_ids])
 
-    async def _render_text(self, text: str) -> Any:
+    async def _render_text(self, text: str, *, special_tokens: bool = True) -> Any:
         if not text:
             raise PromptMissing(Violation("text", "must not be empty"))
         self._check_chars(len(text))
         from vllm.inputs import TextPrompt
 
-        (engine_input,) = await self._renderer.render_cmpl_async([TextPrompt(prompt=text)])
+        parameters = self._renderer.default_cmpl_tok_params
+        if not special_tokens:
+            parameters = parameters.with_kwargs(add_special_tokens=False)
+        (engine_input,) = await self._renderer.render_cmpl_async(
+            [TextPrompt(prompt=text)], parameters
+        )
         return engine_input
 
     def _render_token_ids(self, token_ids: Sequence[int]) -> Any:

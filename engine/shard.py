@@ -67,6 +67,9 @@ class Shard(Protocol):
         Raises InvalidRequest, GenerationFailed or ShardUnavailable.
         """
 
+    async def tokenize(self, text: str) -> list[int]:
+        """Token ids of text that goes on after a prompt. Raises InvalidRequest."""
+
     async def decode_each(self, token_ids: Sequence[int]) -> list[str]:
         """The text of each token by itself."""
 
@@ -87,9 +90,10 @@ class ModelInfo:
 class VllmShard:
     """A shard over vLLM's AsyncLLM, attached to a running core through a client slot."""
 
-    def __init__(self, engine: AsyncLLM, name: str) -> None:
+    def __init__(self, engine: AsyncLLM, name: str, client_index: int) -> None:
         self._engine = engine
         self._name = name
+        self._client_index = client_index
         self._renderer = PromptRenderer(engine.renderer, engine.vllm_config)
         self._max_model_len = int(engine.model_config.max_model_len)
         self._checks = ThreadPoolExecutor(2, thread_name_prefix="structured-output")
@@ -116,7 +120,7 @@ class VllmShard:
             client_count=slot.count,
             client_index=slot.index,
         )
-        return cls(engine, slot.shard)
+        return cls(engine, slot.shard, slot.index)
 
     @property
     def name(self) -> str:
@@ -140,6 +144,9 @@ class VllmShard:
 
     async def render(self, prompt: Prompt) -> RenderedPrompt:
         return await self._renderer.render(prompt)
+
+    async def tokenize(self, text: str) -> list[int]:
+        return await self._renderer.tokenize(text)
 
     async def decode_each(self, token_ids: Sequence[int]) -> list[str]:
         return await self._renderer.decode_each(token_ids)
@@ -277,13 +284,39 @@ class VllmShard:
             raise GenerationFailed(str(error)) from error
 
     async def unload(self, version: ServedVersion) -> None:
-        """Remove an adapter from the engine. Nothing may be running on it."""
-        await asyncio.wait_for(self._engine.remove_lora(version.lora_int_id), UTILITY_TIMEOUT_S)
+        """Remove an adapter from the engine. Nothing may be running on it.
+
+        Raises ShardUnavailable.
+        """
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        try:
+            await asyncio.wait_for(self._engine.remove_lora(version.lora_int_id), UTILITY_TIMEOUT_S)
+        except (TimeoutError, EngineDeadError) as error:
+            raise ShardUnavailable(self._name) from error
 
     async def call_core(self, utility: str, *arguments: int) -> Any:
-        """Call a utility of `engine/core_plugin.py` in the core."""
+        """Call a utility of `engine/core_plugin.py` in the core. Raises ShardUnavailable."""
+        from vllm.v1.engine.exceptions import EngineDeadError
+
         call = self._engine.engine_core.call_utility_async(utility, *arguments)
-        return await asyncio.wait_for(call, UTILITY_TIMEOUT_S)
+        try:
+            return await asyncio.wait_for(call, UTILITY_TIMEOUT_S)
+        except (TimeoutError, EngineDeadError) as error:
+            raise ShardUnavailable(self._name) from error
+
+    async def requests_of(self, lora_int_id: int) -> int:
+        """Requests of this process on that adapter which the core still knows.
+
+        The core reads what a process sends in order, so what was aborted before this call is
+        no longer counted. Raises ShardUnavailable.
+        """
+        return int(await self.call_core("gateway_requests_of", self._client_index, lora_int_id))
+
+    async def load_figures(self) -> tuple[int, int]:
+        """Requests that run and that wait in the core, of all processes."""
+        running, waiting = await self.call_core("gateway_load")
+        return int(running), int(waiting)
 
     def declare_dead(self) -> None:
         """End every request with ShardUnavailable, because the core is known to be dead.

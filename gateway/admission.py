@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import contextmanager
 
 from gateway.call import Call
@@ -85,7 +85,8 @@ class Admission:
             return self._idle.is_set()  # with no time at all nothing was awaited
         return True
 
-    def cut_all(self, reason: Exception) -> None:
-        """End every running call with `reason`."""
+    def cut_all(self, reason: Exception, methods: Container[str] | None = None) -> None:
+        """End every running call with `reason`; with `methods`, those of these alone."""
         for call in self.calls:
-            call.cut(reason)
+            if methods is None or call.method in methods:
+                call.cut(reason)

@@ -22,6 +22,8 @@ class Principal:
     """Who calls. One tenant for all until there is authentication."""
 
     tenant: str = "default"
+    actor: str = ""
+    """For the audit trail: the name in the client certificate, else the peer's address."""
 
 
 @dataclass(slots=True, eq=False)
@@ -47,6 +49,8 @@ class Call:
     """Tokens generated so far; on a stream, those handed to the writer."""
     first_token_s: float | None = None
     last_token_s: float | None = None
+    finish_reasons: tuple[str, ...] = ()
+    """Of the completions that ended, in lower case."""
     writing_since_s: float | None = None
     """Since when a write waits for the client to read; None when none does."""
     first_write: asyncio.Future[None] | None = None

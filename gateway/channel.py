@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+import os
+import pickle
+import struct
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from typing import Generic, TypeVar
+from multiprocessing.reduction import ForkingPickler
+from typing import Any, Generic, TypeVar
 
 from engine.base_model import ModelFingerprints
 from engine.core import ClientSlot
-from engine.pool import ServedView
+from engine.generation import ServedVersion, VersionKey
+from engine.pool import ServedAdapter, ServedView
+from gateway.arms import Outcome
 from gateway.settings import Settings
 
 
@@ -21,16 +27,13 @@ class Orders:
     slots: Sequence[ClientSlot]
     listen: str
     """The public address with the port that the host holds."""
+    control_address: str
+    """Where the host answers the services that are not a worker's."""
     settings: Settings
     fingerprints: ModelFingerprints
     view: ServedView
-
-
-@dataclass(frozen=True, slots=True)
-class ShowView:
-    """Host: this is what is served from now on."""
-
-    view: ServedView
+    resident: Mapping[str, Sequence[ServedVersion]]
+    """What each shard has loaded, by its name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +49,60 @@ class ShardDied:
     """Host: the core of this shard is gone; end what ran on it."""
 
     shard: str
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """Host: this version is resident on the shard, and may be used."""
+
+    shard: str
+    version: ServedVersion
+
+
+@dataclass(frozen=True, slots=True)
+class LoadFailed:
+    """Host: this version could not be loaded, for this reason."""
+
+    shard: str
+    key: VersionKey
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class ShowAdapter:
+    """Question: an adapter is like this from now on. Answered once that is followed."""
+
+    tenant: str
+    adapter: str
+    served: ServedAdapter
+
+
+@dataclass(frozen=True, slots=True)
+class Leave:
+    """Question: use this version no more. Answered once nothing runs on it."""
+
+    shard: str
+    key: VersionKey
+
+
+@dataclass(frozen=True, slots=True)
+class TellUses:
+    """Question: how is what the shard has loaded used? Answered with `Residents.uses`."""
+
+    shard: str
+
+
+@dataclass(frozen=True, slots=True)
+class Flush:
+    """Question: send the outcomes of all requests that have ended. Answered after them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """Host: a question, to be answered under the same ticket."""
+
+    ticket: int
+    question: ShowAdapter | Leave | TellUses | Flush
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,45 +122,107 @@ class Failed:
     message: str
 
 
+@dataclass(frozen=True, slots=True)
+class Want:
+    """Worker: requests wait for this version on the shard."""
+
+    shard: str
+    key: VersionKey
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """Worker: these requests ended."""
+
+    outcomes: Sequence[Outcome]
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """Worker: the answer to the question with that ticket."""
+
+    ticket: int
+    value: Any = None
+
+
 Sent = TypeVar("Sent")
 Received = TypeVar("Received")
 
-HostMessage = Orders | ShowView | Drain | ShardDied
-WorkerMessage = Imported | Serving | Failed
+HostMessage = Orders | Ask | Loaded | LoadFailed | Drain | ShardDied
+WorkerMessage = Imported | Serving | Want | Ended | Answer | Failed
+
+_LENGTH = struct.Struct("!I")
+_READ_BYTES = 256 * 1024
 
 
 class Channel(Generic[Sent, Received]):
     """One end of a pipe between host and worker, on the event loop.
 
-    Messages are small and sent whole, so neither side blocks the other for long. A worker
-    learns of its host's death by the end of this pipe.
+    Neither side waits for the other: what the pipe does not take yet is kept here, so a worker
+    that is stopped cannot stop its host. A worker learns of its host's death by the end of
+    the pipe.
     """
 
     def __init__(self, connection: Connection) -> None:
-        self._connection = connection
+        self._connection = connection  # owns the descriptor
+        self._descriptor = connection.fileno()
+        self._loop = asyncio.get_running_loop()
+        self._outgoing = bytearray()
+        self._incoming = bytearray()
         self._received: asyncio.Queue[Received | None] = asyncio.Queue()
-        asyncio.get_running_loop().add_reader(connection.fileno(), self._read)
+        os.set_blocking(self._descriptor, False)
+        self._loop.add_reader(self._descriptor, self._read)
 
     def send(self, message: Sent) -> None:
         """Send one message. Silent if the other side is gone: its end is seen elsewhere."""
-        try:
-            self._connection.send(message)
-        except (BrokenPipeError, ConnectionResetError):
+        if self._connection.closed:
             return
+        # Not pickle itself: sockets travel too.
+        content = ForkingPickler.dumps(message)
+        idle = not self._outgoing
+        self._outgoing += _LENGTH.pack(len(content))
+        self._outgoing += content
+        if idle:
+            self._write()
 
     async def receive(self) -> Received | None:
         """The next message; None when the other side is gone."""
         return await self._received.get()
 
+    def _write(self) -> None:
+        try:
+            while self._outgoing:
+                del self._outgoing[: os.write(self._descriptor, self._outgoing)]
+        except BlockingIOError:
+            self._loop.add_writer(self._descriptor, self._write)
+            return
+        except (BrokenPipeError, ConnectionResetError):
+            self._outgoing.clear()
+        self._loop.remove_writer(self._descriptor)
+
     def _read(self) -> None:
         try:
-            self._received.put_nowait(self._connection.recv())
-        except (EOFError, ConnectionResetError):
+            chunk = os.read(self._descriptor, _READ_BYTES)
+        except BlockingIOError:
+            return
+        except ConnectionResetError:
+            chunk = b""
+        if not chunk:
             self.close()
+            return
+        self._incoming += chunk
+        while len(self._incoming) >= _LENGTH.size:
+            end = _LENGTH.size + _LENGTH.unpack_from(self._incoming)[0]
+            if len(self._incoming) < end:
+                return
+            content = bytes(self._incoming[_LENGTH.size : end])
+            del self._incoming[:end]
+            self._received.put_nowait(pickle.loads(content))
 
     def close(self) -> None:
         """Close this end. Safe to call twice."""
         if not self._connection.closed:
-            asyncio.get_running_loop().remove_reader(self._connection.fileno())
+            self._loop.remove_reader(self._descriptor)
+            self._loop.remove_writer(self._descriptor)
             self._connection.close()
             self._received.put_nowait(None)

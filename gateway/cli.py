@@ -10,14 +10,23 @@ import asyncio
 import readline  # noqa: F401  gives input() its line editing and history
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, NoReturn
 
-import grpc
 import typer
 
+from gateway.cli_adapters import app as adapters_app
+from gateway.cli_options import (
+    DEFAULT_TARGET,
+    Endpoint,
+    Json,
+    Target,
+    Timeout,
+    TlsCa,
+    TlsCert,
+    TlsKey,
+    errors_told,
+)
 from gateway.terminal import as_json, enveloped, print_fields, print_text, summarize, tell
 from lora_gateway import (
     ChatMessage,
@@ -29,8 +38,6 @@ from lora_gateway import (
     SamplingKeywords,
 )
 
-DEFAULT_TARGET = "127.0.0.1:50051"
-
 app = typer.Typer(
     name="gateway",
     help="Serve one base model with many LoRA adapters over typed gRPC.",
@@ -38,22 +45,15 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(adapters_app, name="adapters")
 
-_CONNECTION = "Connection"
 _SAMPLING = "Sampling"
-
-
-def _pem_file(text: str) -> Any:
-    return typer.Option(
-        help=text, exists=True, dir_okay=False, readable=True, rich_help_panel=_CONNECTION
-    )
 
 
 Adapter = Annotated[str, typer.Option(help="Adapter to use. Without: the base model.")]
 Version = Annotated[
     int | None, typer.Option(min=1, help="Its version. Without: by the traffic split.")
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 
 MaxTokens = Annotated[
     int | None, typer.Option(min=1, help="Longest answer, in tokens.", rich_help_panel=_SAMPLING)
@@ -70,23 +70,6 @@ Seed = Annotated[
 ]
 Stop = Annotated[
     list[str] | None, typer.Option(help="End at this text; repeatable.", rich_help_panel=_SAMPLING)
-]
-
-Target = Annotated[
-    str,
-    typer.Option(
-        metavar="HOST:PORT",
-        envvar="GATEWAY_TARGET",
-        help="Where the gateway listens.",
-        rich_help_panel=_CONNECTION,
-    ),
-]
-TlsCa = Annotated[Path | None, _pem_file("Use TLS; CA of the server's certificate, PEM.")]
-TlsCert = Annotated[Path | None, _pem_file("Use mutual TLS; our certificate chain, PEM.")]
-TlsKey = Annotated[Path | None, _pem_file("The private key of --tls-cert, PEM.")]
-Timeout = Annotated[
-    float | None,
-    typer.Option(min=0, help="For each answer, in seconds.", rich_help_panel=_CONNECTION),
 ]
 
 
@@ -123,13 +106,13 @@ def generate(
     timeout: Timeout = None,
 ) -> None:
     """Complete a prompt."""
-    endpoint = _Endpoint(target, tls_ca, tls_cert, tls_key)
+    endpoint = Endpoint(target, tls_ca, tls_cert, tls_key)
     sampling = SamplingKeywords(
         max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed, stop=stop
     )
     question = _Question(adapter, version, timeout, sampling)
     text = sys.stdin.read() if prompt == "-" else prompt
-    with _errors_told(target):
+    with errors_told(target):
         asyncio.run(
             _stream(endpoint, question, text, json)
             if stream
@@ -154,13 +137,13 @@ def chat(
     timeout: Timeout = None,
 ) -> None:
     """Chat line by line. Ctrl-C stops an answer, Ctrl-D ends the chat."""
-    endpoint = _Endpoint(target, tls_ca, tls_cert, tls_key)
+    endpoint = Endpoint(target, tls_ca, tls_cert, tls_key)
     sampling = SamplingKeywords(
         max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed, stop=stop
     )
     question = _Question(adapter, version, timeout, sampling)
     messages = [ChatMessage(role="system", content=system)] if system else []
-    with _errors_told(target), asyncio.Runner() as runner:
+    with errors_told(target), asyncio.Runner() as runner:
         client = runner.run(endpoint.client())
         try:
             _converse(runner, client, question, messages, target)
@@ -178,44 +161,18 @@ def model(
     timeout: Timeout = None,
 ) -> None:
     """Show the base model with its limits, defaults and fingerprints."""
-    endpoint = _Endpoint(target, tls_ca, tls_cert, tls_key)
+    endpoint = Endpoint(target, tls_ca, tls_cert, tls_key)
 
     async def fetch() -> Model:
         async with await endpoint.client() as client:
             return await client.get_model(timeout_s=timeout)
 
-    with _errors_told(target):
+    with errors_told(target):
         served = asyncio.run(fetch())
     if json:
         typer.echo(as_json(served))
     else:
         print_fields(served)
-
-
-@dataclass(frozen=True, slots=True)
-class _Endpoint:
-    """Where the gateway is and how to trust it."""
-
-    target: str
-    ca: Path | None
-    cert: Path | None
-    key: Path | None
-
-    def __post_init__(self) -> None:
-        if (self.cert is None) != (self.key is None):
-            raise typer.BadParameter("--tls-cert and --tls-key belong together")
-
-    async def client(self) -> GatewayClient:
-        """A coroutine, since a client belongs to the loop that it is made in."""
-        return GatewayClient(self.target, tls=self._credentials())
-
-    def _credentials(self) -> grpc.ChannelCredentials | None:
-        if self.ca is None and self.cert is None:
-            return None
-        ca, cert, key = (
-            path.read_bytes() if path else None for path in (self.ca, self.cert, self.key)
-        )
-        return grpc.ssl_channel_credentials(ca, key, cert)
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,7 +194,7 @@ class _Question:
         )
 
 
-async def _generate(endpoint: _Endpoint, question: _Question, prompt: str, json: bool) -> None:
+async def _generate(endpoint: Endpoint, question: _Question, prompt: str, json: bool) -> None:
     async with await endpoint.client() as client:
         answer = await client.generate(
             prompt,
@@ -254,7 +211,7 @@ async def _generate(endpoint: _Endpoint, question: _Question, prompt: str, json:
     summarize(answer.served_by, completion.finish_reason, answer.usage, answer.timings)
 
 
-async def _stream(endpoint: _Endpoint, question: _Question, prompt: str, json: bool) -> None:
+async def _stream(endpoint: Endpoint, question: _Question, prompt: str, json: bool) -> None:
     async with await endpoint.client() as client, question.stream(client, prompt) as stream:
         if json:
             async for event in stream:
@@ -318,16 +275,3 @@ def _lines(at_terminal: bool) -> Iterator[str]:
             continue
         if line.strip():
             yield line
-
-
-@contextmanager
-def _errors_told(target: str) -> Iterator[None]:
-    try:
-        yield
-    except GatewayError as error:
-        tell(error, target)
-        raise typer.Exit(1) from None
-    except ValueError as error:
-        # What fits into no message: a number beyond its type, bytes that are no UTF-8.
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(1) from None

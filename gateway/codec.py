@@ -21,7 +21,7 @@ from engine.generation import (
 )
 from engine.sampling import MAX_ENTRIES, violations
 from lora_gateway.v1 import inference_pb2 as pb
-from store.registry import NAME
+from store.records import NAME
 
 ROLES = ("system", "user", "assistant", "tool")
 MAX_CHAT_MESSAGES = 4096
@@ -63,6 +63,7 @@ class GenerateCall:
     """Keyword arguments of `vllm.SamplingParams`."""
     return_token_ids: bool
     tokens_per_delta: int
+    session_id: str
 
 
 def decode_generate(
@@ -97,6 +98,7 @@ def decode_generate(
         sampling=sampling,
         return_token_ids=request.return_token_ids,
         tokens_per_delta=max(1, request.max_tokens_per_chunk),
+        session_id=request.session_id,
     )
 
 

@@ -7,6 +7,7 @@ the exception's own words.
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -16,7 +17,9 @@ from google.rpc import code_pb2, error_details_pb2, status_pb2
 
 from engine.errors import (
     AdapterInvalid,
+    AdapterLoadFailed,
     AdapterNotFound,
+    AdapterNotReady,
     ChatTemplateMissing,
     ChatTemplateRefused,
     InvalidRequest,
@@ -25,35 +28,46 @@ from engine.errors import (
     PromptTooLong,
     ShardUnavailable,
     VersionNotFound,
+    Violation,
 )
 from gateway.admission import RETRY_DELAY_S, Draining, Overloaded
 from gateway.call import Call
+from gateway.exceptions import (
+    ControlPlaneUnavailable,
+    DefaultDeadlineExceeded,
+    MalformedMessage,
+    Relayed,
+    RequestNotFound,
+    SequenceUnknown,
+)
 from lora_gateway.v1.errors_pb2 import ErrorReason
+from store.records import (
+    AdapterUnknown,
+    EtagMismatch,
+    NothingToRollBack,
+    RequestIdReused,
+    TransitionRefused,
+    VersionInUse,
+    VersionNotReady,
+    VersionUnknown,
+)
+from store.sources import SourceNotAllowed
+from store.uploads import (
+    ChecksumMismatch,
+    StorageFull,
+    UploadBusy,
+    UploadIdReused,
+    UploadIncomplete,
+    UploadOffsetMismatch,
+    UploadTooLong,
+    UploadUnknown,
+)
 
 DOMAIN = "lora-gateway"
+MAX_METADATA_CHARACTERS = 256
+MAX_MESSAGE_BYTES = 1024
+"""It travels twice, once with each byte as three; clients refuse trailers of over 8 KiB."""
 INTERNAL_MESSAGE = "internal error; report the request id to the operator"
-
-
-class MalformedMessage(Exception):
-    """The request's bytes are no message of the method's type."""
-
-    def __init__(self, message_type: str) -> None:
-        super().__init__(
-            f"the request is no valid {message_type}: generate the client from the current "
-            ".proto files and send strings as UTF-8"
-        )
-        self.message_type = message_type
-
-
-class DefaultDeadlineExceeded(Exception):
-    """The server's default deadline ended; the client had set none."""
-
-    def __init__(self, deadline_s: float) -> None:
-        super().__init__(
-            f"took longer than the server's default deadline of {deadline_s:g} s; "
-            "set a deadline on the call to choose your own"
-        )
-        self.deadline_s = deadline_s
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,10 +78,14 @@ class _Answer:
     reason: int
     metadata: dict[str, str] = field(default_factory=dict)
     details: tuple[Message, ...] = ()
+    message: str = ""
+    """Empty: the error's own."""
 
 
 def status_of(error: BaseException, call: Call) -> status_pb2.Status:
     """The status that tells `error` to the caller of `call`."""
+    if isinstance(error, Relayed):
+        return error.status
     answer = _internal(error, call)
     for kind, build in _TABLE:
         if isinstance(error, kind):
@@ -78,10 +96,8 @@ def status_of(error: BaseException, call: Call) -> status_pb2.Status:
         domain=DOMAIN,
         metadata=answer.metadata,
     )
-    internal = answer.reason == ErrorReason.ERROR_REASON_INTERNAL
-    status = status_pb2.Status(
-        code=answer.code, message=INTERNAL_MESSAGE if internal else str(error)
-    )
+    message = (answer.message or str(error)).encode()[:MAX_MESSAGE_BYTES].decode(errors="ignore")
+    status = status_pb2.Status(code=answer.code, message=message)
     for detail in (info, *answer.details):
         packed = any_pb2.Any()
         packed.Pack(detail)
@@ -118,23 +134,81 @@ def _template_missing(error: ChatTemplateMissing, call: Call) -> _Answer:
     )
 
 
-def _adapter_not_found(error: AdapterNotFound, call: Call) -> _Answer:
-    resource = error_details_pb2.ResourceInfo(resource_type="adapter", resource_name=error.adapter)
-    metadata = {"adapter": error.adapter}
-    reason = ErrorReason.ERROR_REASON_ADAPTER_NOT_FOUND
-    if isinstance(error, VersionNotFound):
-        metadata["version"] = str(error.version)
-        resource.resource_type = "adapter version"
-        resource.resource_name = f"{error.adapter}@{error.version}"
-        reason = ErrorReason.ERROR_REASON_VERSION_NOT_FOUND
-    return _Answer(code_pb2.NOT_FOUND, reason, metadata, (resource,))
+def _says(code: int, reason: int, *attributes: str) -> Callable[[Exception, Call], _Answer]:
+    """An answer whose metadata are attributes of the error; `name=attribute` renames one."""
+
+    def build(error: Exception, call: Call) -> _Answer:
+        metadata = {}
+        for attribute in attributes:
+            name, _, source = attribute.partition("=")
+            metadata[name] = _text(getattr(error, source or name))
+        return _Answer(code, reason, metadata)
+
+    return build
+
+
+def _text(value: object) -> str:
+    """A caller's text among metadata must not make trailers that its gRPC refuses."""
+    text = value.name if isinstance(value, enum.Enum) else str(value)
+    return text[:MAX_METADATA_CHARACTERS]
+
+
+def _missing(reason: int, kind: str, *attributes: str) -> Callable[[Exception, Call], _Answer]:
+    """NOT_FOUND of a resource, whose name is made of the metadata."""
+    says = _says(code_pb2.NOT_FOUND, reason, *attributes)
+
+    def build(error: Exception, call: Call) -> _Answer:
+        metadata = says(error, call).metadata
+        resource = error_details_pb2.ResourceInfo(
+            resource_type=kind, resource_name="@".join(metadata.values())
+        )
+        return _Answer(code_pb2.NOT_FOUND, reason, metadata, (resource,))
+
+    return build
 
 
 def _adapter_invalid(error: AdapterInvalid, call: Call) -> _Answer:
+    # All findings, as far as the trailers hold them.
+    bad = InvalidRequest(*(Violation("source_uri", finding) for finding in error.findings))
+    answer = _invalid(ErrorReason.ERROR_REASON_ADAPTER_INVALID)(bad, call)
+    metadata = {"adapter": _text(error.adapter)}
+    if error.version:
+        metadata["version"] = str(error.version)
+    first = bad.violations[0].description
+    more = f" (and {len(error.findings) - 1} more)" if len(error.findings) > 1 else ""
+    message = f"adapter {error.adapter[:64]!r} cannot be served: {first}{more}"
+    return _Answer(answer.code, answer.reason, metadata, answer.details, message)
+
+
+def _id_reused(error: RequestIdReused | UploadIdReused, call: Call) -> _Answer:
+    request_id = error.request_id if isinstance(error, RequestIdReused) else error.upload_id
+    resource = error_details_pb2.ResourceInfo(resource_type="request", resource_name=request_id)
     return _Answer(
-        code_pb2.INVALID_ARGUMENT,
-        ErrorReason.ERROR_REASON_ADAPTER_INVALID,
-        {"adapter": error.adapter},
+        code_pb2.ALREADY_EXISTS,
+        ErrorReason.ERROR_REASON_REQUEST_ID_REUSED,
+        {"request_id": request_id},
+        (resource,),
+    )
+
+
+def _upload_too_long(error: UploadTooLong, call: Call) -> _Answer:
+    bad = InvalidRequest(Violation("chunk", str(error)))
+    return _invalid(ErrorReason.ERROR_REASON_INVALID_FIELD)(bad, call)
+
+
+def _checksum_mismatch(error: ChecksumMismatch, call: Call) -> _Answer:
+    bad = InvalidRequest(Violation("header.weights_sha256", str(error)))
+    answer = _invalid(ErrorReason.ERROR_REASON_CHECKSUM_MISMATCH)(bad, call)
+    metadata = {"expected_sha256": error.expected, "actual_sha256": error.actual}
+    return _Answer(answer.code, answer.reason, metadata, answer.details)
+
+
+def _control_plane(error: ControlPlaneUnavailable, call: Call) -> _Answer:
+    return _Answer(
+        code_pb2.UNAVAILABLE,
+        ErrorReason.ERROR_REASON_CONTROL_PLANE_UNAVAILABLE,
+        {},
+        (_retry_info(),),
     )
 
 
@@ -182,6 +256,7 @@ def _internal(error: BaseException, call: Call) -> _Answer:
         ErrorReason.ERROR_REASON_INTERNAL,
         {"request_id": call.request_id},
         (error_details_pb2.RequestInfo(request_id=call.request_id),),
+        INTERNAL_MESSAGE,
     )
 
 
@@ -190,6 +265,15 @@ def _retry_info() -> error_details_pb2.RetryInfo:
     delay.FromMilliseconds(int(RETRY_DELAY_S * 1000))
     return error_details_pb2.RetryInfo(retry_delay=delay)
 
+
+_version_missing = _missing(
+    ErrorReason.ERROR_REASON_VERSION_NOT_FOUND, "adapter version", "adapter", "version"
+)
+_version_not_ready = _says(
+    code_pb2.FAILED_PRECONDITION,
+    ErrorReason.ERROR_REASON_ADAPTER_NOT_READY,
+    *("adapter", "version", "state"),
+)
 
 _TABLE: tuple[tuple[type[Exception], Callable[..., _Answer]], ...] = (
     # The first match answers, so a subclass stands before its base.
@@ -200,8 +284,94 @@ _TABLE: tuple[tuple[type[Exception], Callable[..., _Answer]], ...] = (
     (ChatTemplateRefused, _invalid(ErrorReason.ERROR_REASON_CHAT_TEMPLATE_REFUSED)),
     (InvalidRequest, _invalid(ErrorReason.ERROR_REASON_INVALID_FIELD)),
     (ChatTemplateMissing, _template_missing),
-    (AdapterNotFound, _adapter_not_found),
+    (VersionNotFound, _version_missing),
+    (VersionUnknown, _version_missing),
+    (AdapterNotFound, _missing(ErrorReason.ERROR_REASON_ADAPTER_NOT_FOUND, "adapter", "adapter")),
+    (AdapterUnknown, _missing(ErrorReason.ERROR_REASON_ADAPTER_NOT_FOUND, "adapter", "adapter")),
+    (
+        AdapterNotReady,
+        _says(code_pb2.FAILED_PRECONDITION, ErrorReason.ERROR_REASON_ADAPTER_NOT_READY, "adapter"),
+    ),
+    (VersionNotReady, _version_not_ready),
+    (TransitionRefused, _version_not_ready),
+    (
+        AdapterLoadFailed,
+        _says(
+            code_pb2.FAILED_PRECONDITION,
+            ErrorReason.ERROR_REASON_ADAPTER_LOAD_FAILED,
+            "adapter",
+            "version",
+        ),
+    ),
+    (
+        VersionInUse,
+        _says(
+            code_pb2.FAILED_PRECONDITION,
+            ErrorReason.ERROR_REASON_VERSION_IN_USE,
+            "adapter",
+            "version",
+        ),
+    ),
     (AdapterInvalid, _adapter_invalid),
+    (
+        EtagMismatch,
+        _says(code_pb2.ABORTED, ErrorReason.ERROR_REASON_ETAG_MISMATCH, "adapter", "etag"),
+    ),
+    (
+        NothingToRollBack,
+        _says(
+            code_pb2.FAILED_PRECONDITION, ErrorReason.ERROR_REASON_NOTHING_TO_ROLL_BACK, "adapter"
+        ),
+    ),
+    (RequestIdReused, _id_reused),
+    (UploadIdReused, _id_reused),
+    (
+        SourceNotAllowed,
+        _says(
+            code_pb2.PERMISSION_DENIED,
+            ErrorReason.ERROR_REASON_SOURCE_NOT_ALLOWED,
+            "source_uri=uri",
+        ),
+    ),
+    (UploadUnknown, _missing(ErrorReason.ERROR_REASON_UPLOAD_NOT_FOUND, "upload", "upload_id")),
+    (
+        UploadOffsetMismatch,
+        _says(
+            code_pb2.FAILED_PRECONDITION,
+            ErrorReason.ERROR_REASON_UPLOAD_OFFSET_MISMATCH,
+            "upload_id",
+            "offset=expected",
+        ),
+    ),
+    (
+        UploadBusy,
+        _says(
+            code_pb2.FAILED_PRECONDITION,
+            ErrorReason.ERROR_REASON_UPLOAD_OFFSET_MISMATCH,
+            "upload_id",
+        ),
+    ),
+    (
+        UploadIncomplete,
+        _says(
+            code_pb2.FAILED_PRECONDITION,
+            ErrorReason.ERROR_REASON_UPLOAD_INCOMPLETE,
+            "upload_id",
+            "offset",
+        ),
+    ),
+    (ChecksumMismatch, _checksum_mismatch),
+    (UploadTooLong, _upload_too_long),
+    (StorageFull, _says(code_pb2.RESOURCE_EXHAUSTED, ErrorReason.ERROR_REASON_STORAGE_FULL)),
+    (
+        RequestNotFound,
+        _missing(ErrorReason.ERROR_REASON_REQUEST_NOT_FOUND, "request", "request_id"),
+    ),
+    (
+        SequenceUnknown,
+        _says(code_pb2.OUT_OF_RANGE, ErrorReason.ERROR_REASON_SEQUENCE_UNKNOWN, "sequence=newest"),
+    ),
+    (ControlPlaneUnavailable, _control_plane),
     (Overloaded, _overloaded),
     (Draining, _draining),
     (ShardUnavailable, _shard_unavailable),

@@ -1,7 +1,7 @@
 """The host: the control plane of one gateway. No token passes through it.
 
-    state folder locked, port held -> core started -> adapters loaded -> workers serve
-    SIGTERM or SIGINT -> workers drain -> core stops -> exit 0
+    state folder locked, port held -> core started -> control plane -> workers serve
+    SIGTERM or SIGINT -> workers drain -> control plane closes -> core stops -> exit 0
 
 It starts and watches every other process, is the only writer of the database, and is itself
 a client of the core.
@@ -15,25 +15,25 @@ import logging
 import os
 import signal
 from collections.abc import Coroutine
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from engine.base_model import ModelFingerprints, base_model_shapes, fingerprints
-from engine.catalog import AdapterCatalog
 from engine.core import ClientSlot, EngineCore, EngineOptions
-from engine.errors import CoreFailed
+from engine.errors import MAX_NAMES, CoreFailed
 from engine.models import resolve_model
 from engine.pool import ServedView
 from engine.shard import VllmShard
 from gateway import metrics
 from gateway.call import Principal
 from gateway.channel import Orders, ShardDied
+from gateway.control import ControlPlane
 from gateway.metrics import MetricsEndpoint
 from gateway.port import HeldPort, PortTaken
 from gateway.settings import Settings
 from gateway.workers import WorkerFleet, WorkerProcess
-from store.artifacts import ArtifactStore
-from store.registry import Registry
+from store.sqlite_registry import SqliteRegistry
 from store.state_folder import StateFolder
 
 logger = logging.getLogger(__name__)
@@ -52,14 +52,16 @@ class Stopped(Exception):
 class Host:
     """One gateway from start to exit. `run` owns all that it starts, and ends it."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, run_dir: Path) -> None:
+        """`run_dir` is a folder of this user's alone, with a short path, for the socket."""
         self._settings = settings
+        self._run_dir = run_dir
         self._stop = asyncio.Event()
         self._watchers: list[asyncio.Task[None]] = []
         self._failure: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         """Fails with the error of the first watcher that fails; never succeeds."""
         self._owned = contextlib.AsyncExitStack()
-        self._catalog: AdapterCatalog | None = None
+        self._control: ControlPlane | None = None
         self._core: EngineCore | None = None
         self._shard: VllmShard | None = None
         self._fleet: WorkerFleet | None = None
@@ -111,7 +113,7 @@ class Host:
 
         model_path = await asyncio.to_thread(resolve_model, settings.model, state.path)
         prints = await asyncio.to_thread(fingerprints, model_path)
-        registry = Registry(state.path / "registry.sqlite")
+        registry = SqliteRegistry(state.path / "registry.sqlite")
         await self._owned.enter_async_context(registry)
 
         # Workers import while adapters are checked and the core loads: all take seconds.
@@ -119,43 +121,55 @@ class Host:
             settings.workers,
             lambda: self._orders(port.address, prints),
             lambda worker: self._after_death(worker, endpoint),
+            lambda message: control.hear(message),
         )
+        self._control = control = ControlPlane(
+            settings, state.path, self._run_dir / "control.sock", registry, fleet
+        )
+        self._owned.push_async_callback(control.close)  # while the registry is open
         self._watch(fleet.run())
+        await control.open()
 
         shapes = await asyncio.to_thread(base_model_shapes, model_path)
         config = await asyncio.to_thread(_engine_options(settings, model_path).build_config)
-        self._catalog = catalog = AdapterCatalog(
-            ArtifactStore(state.path),
-            registry,
-            shapes,
-            max_lora_rank=int(settings.max_lora_rank),
-            dtype=str(config.model_config.dtype).removeprefix("torch."),
-        )
-        checked = [await catalog.take(*adapter) for adapter in settings.adapter.items()]
+        control.check_for(shapes, prints, str(config.model_config.dtype).removeprefix("torch."))
+        for adapter, folder in settings.adapter.items():
+            await control.check(adapter, folder)  # before minutes are spent on the core
 
         self._core = core = await EngineCore.start(SHARD_NAME, config)
         self._watch(_core_end(core))
         self._shard = shard = VllmShard.attach(core.take_slot())
         await shard.call_core("gateway_adopt", os.getpid())
         await shard.warm_up()
-        for adapter in checked:
-            version = await catalog.serve(Principal().tenant, adapter, shard)
-            metrics.adapter_state.labels(version.adapter, str(version.version), "READY").set(1)
+        control.serve_on(shard)
+        self._watch(control.run())
+        for adapter, folder in settings.adapter.items():
+            await control.adopt(adapter, folder)
+        await control.serve()
 
         fleet.open()
         await fleet.wait_serving()
         print(
             f"lora-gateway SERVING on {port.address}: {settings.model}, "
-            f"adapters: {_adapter_names(catalog.view())}; metrics http://{endpoint.address}/metrics",
+            f"adapters: {_adapter_names(control.view)}; metrics http://{endpoint.address}/metrics",
             flush=True,
         )
 
     def _orders(self, listen: str, prints: ModelFingerprints) -> Orders:
         """What a new worker needs, with a fresh slot on the core."""
-        assert self._core is not None and self._catalog is not None
+        assert self._core is not None and self._control is not None
         slot = self._core.take_slot()
         metrics.client_slots_left.labels(SHARD_NAME).set(self._core.slots_left)
-        return Orders([slot], listen, self._settings, prints, self._catalog.view())
+        control = self._control
+        return Orders(
+            slots=[slot],
+            listen=listen,
+            control_address=control.address,
+            settings=self._settings,
+            fingerprints=prints,
+            view=control.view,
+            resident=control.resident,
+        )
 
     async def _after_death(self, worker: WorkerProcess, endpoint: MetricsEndpoint) -> None:
         """Clean up after a worker that died: nobody reads what it left in the core."""
@@ -227,8 +241,15 @@ async def _core_end(core: EngineCore) -> None:
 
 
 def _adapter_names(view: ServedView) -> str:
-    names = [f"{name}@{served.default_version}" for name, served in view.adapters.items()]
-    return ", ".join(names) or "none"
+    """Those that a caller may name, for the line that says SERVING."""
+    adapters = view.tenants.get(Principal().tenant, {})
+    names = [
+        f"{name}@{'/'.join(str(arm.version) for arm in served.split.arms)}"
+        for name, served in islice(adapters.items(), MAX_NAMES)
+        if served.split.arms
+    ]
+    more = len(adapters) - MAX_NAMES
+    return (", ".join(names) or "none") + (f" and {more} more" if more > 0 else "")
 
 
 def _engine_options(settings: Settings, model_path: Path) -> EngineOptions:

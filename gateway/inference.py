@@ -33,11 +33,14 @@ class Inference(InferenceServicer):
         with self._admission.slot():
             decoded = self._decode(request)
             route = self._route(decoded, call)
-            prompt = await route.shard.render(decoded.prompt)
-            engine_request = _engine_request(decoded, call, stream=False)
-            async with contextlib.aclosing(route.generate(engine_request, prompt)) as outputs:
-                async for output in outputs:  # one, when it is finished
-                    _observe(call, output)
+            async with route.lease() as version:
+                prompt = await route.shard.render(decoded.prompt)
+                engine_request = _engine_request(decoded, call, stream=False)
+                async with contextlib.aclosing(
+                    route.shard.generate(engine_request, prompt, version)
+                ) as outputs:
+                    async for output in outputs:  # one, when it is finished
+                        _observe(call, output)
         return pb.GenerateResponse(
             request_id=call.request_id,
             completions=[
@@ -57,24 +60,27 @@ class Inference(InferenceServicer):
         with self._admission.slot():
             decoded = self._decode(request)
             route = self._route(decoded, call)
-            prompt = await route.shard.render(decoded.prompt)
-            engine_request = _engine_request(decoded, call, stream=True)
-            ends: dict[int, pb.CompletionEnd] = {}
-            observe_itl = metrics.itl_observer(call.adapter or "")
-            async with contextlib.aclosing(route.generate(engine_request, prompt)) as outputs:
-                async for output in outputs:
-                    previous_s = call.last_token_s
-                    _observe(call, output)
-                    if previous_s is None:
-                        yield _started(call, output)
-                    else:
-                        observe_itl((call.last_token_s or 0.0) - previous_s)
-                    for delta in output.deltas:
-                        event = codec.encode_delta(delta, token_ids=decoded.return_token_ids)
-                        if event is not None:
-                            yield event
-                        if delta.finish_reason is not None:
-                            ends[delta.index] = codec.encode_end(delta)
+            async with route.lease() as version:
+                prompt = await route.shard.render(decoded.prompt)
+                engine_request = _engine_request(decoded, call, stream=True)
+                ends: dict[int, pb.CompletionEnd] = {}
+                observe_itl = metrics.itl_observer(call.adapter or "")
+                async with contextlib.aclosing(
+                    route.shard.generate(engine_request, prompt, version)
+                ) as outputs:
+                    async for output in outputs:
+                        previous_s = call.last_token_s
+                        _observe(call, output)
+                        if previous_s is None:
+                            yield _started(call, output)
+                        else:
+                            observe_itl((call.last_token_s or 0.0) - previous_s)
+                        for delta in output.deltas:
+                            event = codec.encode_delta(delta, token_ids=decoded.return_token_ids)
+                            if event is not None:
+                                yield event
+                            if delta.finish_reason is not None:
+                                ends[delta.index] = codec.encode_end(delta)
         yield pb.GenerateStreamResponse(
             finished=pb.GenerationFinished(
                 completions=[ends[index] for index in sorted(ends)],
@@ -87,7 +93,7 @@ class Inference(InferenceServicer):
         max_model_len = self._model.limits.max_model_len
         with self._admission.slot():
             prompt = codec.decode_tokenize(request, max_model_len=max_model_len)
-            shard = self._pool.route("", None).shard
+            shard = self._pool.route_to(None).shard
             rendered = await shard.render(prompt)
             tokens = await shard.decode_each(rendered.token_ids) if request.return_tokens else None
         return pb.TokenizeResponse(
@@ -109,9 +115,14 @@ class Inference(InferenceServicer):
 
     def _route(self, decoded: codec.GenerateCall, call: Call) -> Route:
         """Place the request, and note on the call who will answer."""
-        route = self._pool.route(decoded.adapter, decoded.version)
+        route = self._pool.route(
+            call.principal.tenant,
+            decoded.adapter,
+            decoded.version,
+            decoded.session_id or call.request_id,
+        )
         call.adapter = decoded.adapter or BASE_MODEL_LABEL
-        call.version = 0 if route.version is None else route.version.version
+        call.version = 0 if route.key is None else route.key.version
         call.shard = route.shard.name
         return route
 
@@ -138,6 +149,8 @@ def _observe(call: Call, output: Output) -> None:
     call.last_token_s = now_s
     for delta in output.deltas:
         call.completion_tokens += len(delta.token_ids)
+        if delta.finish_reason is not None:
+            call.finish_reasons += (delta.finish_reason.value,)
 
 
 def _started(call: Call, output: Output) -> pb.GenerateStreamResponse:

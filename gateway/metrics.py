@@ -57,12 +57,28 @@ client_slots_left = Gauge(
     ["shard"],
     multiprocess_mode="livemax",
 )
-adapter_state = Gauge(
-    "adapter_state",
-    "1 for each adapter version that is served.",
-    ["adapter", "version", "state"],
+_adapter_load = Histogram(
+    "adapter_load_seconds",
+    "Loads of adapter versions into an engine, by result: ok, failed.",
+    ["shard", "result"],
+    buckets=LATENCY_BUCKETS_S,
+)
+_adapters_resident = Gauge(
+    "adapters_resident",
+    "Adapter versions that an engine has loaded.",
+    ["shard"],
     multiprocess_mode="livemax",
 )
+
+
+def observe_load(shard: str, duration_s: float, ok: bool) -> None:
+    """Note one load of an adapter version."""
+    _adapter_load.labels(shard, "ok" if ok else "failed").observe(duration_s)
+
+
+def observe_resident(shard: str, count: int) -> None:
+    """Note how many adapter versions an engine has loaded."""
+    _adapters_resident.labels(shard).set(count)
 
 
 def itl_observer(adapter: str) -> Callable[[float], None]:

@@ -18,18 +18,19 @@ def main(argv: Sequence[str]) -> int:
         settings = Settings.from_argv(argv)
     except SettingsError as error:
         return _refuse(error)
-    metrics_dir = Path(tempfile.mkdtemp(prefix="lora-gateway-metrics-"))
+    # Not in the state folder: the path of a socket must be short, and its folder ours alone.
+    run_dir = Path(tempfile.mkdtemp(prefix="lora-gateway-"))
     try:
         # prometheus_client and vLLM read the environment when they are imported, so
         # everything below is imported only now.
-        prepare_environment(settings, metrics_dir)
+        prepare_environment(settings, run_dir)
         configure_logging()
-        return _run(settings)
+        return _run(settings, run_dir)
     finally:
-        shutil.rmtree(metrics_dir, ignore_errors=True)
+        shutil.rmtree(run_dir, ignore_errors=True)
 
 
-def _run(settings: Settings) -> int:
+def _run(settings: Settings, run_dir: Path) -> int:
     import uvloop
 
     from engine.errors import EngineError
@@ -37,11 +38,11 @@ def _run(settings: Settings) -> int:
     from gateway.port import PortTaken
     from gateway.workers import WorkerFailed
     from store.artifacts import ArtifactDamaged
-    from store.registry import RegistryUnusable
+    from store.records import RegistryUnusable
     from store.state_folder import StateFolderUnusable
 
     async def run() -> int:
-        return await Host(settings).run()
+        return await Host(settings, run_dir).run()
 
     try:
         return uvloop.run(run())

@@ -16,15 +16,20 @@ from grpc_reflection.v1alpha.reflection_pb2_grpc import add_ServerReflectionServ
 from gateway.health import Health
 from gateway.settings import Settings
 from gateway.wrap import Edge, EdgeInterceptor
-from lora_gateway.v1 import inference_pb2
+from lora_gateway.v1 import adapters_pb2, inference_pb2
 from lora_gateway.v1.inference_pb2_grpc import InferenceServicer, add_InferenceServicer_to_server
 
 MAX_MESSAGE_BYTES = 8 * 1024 * 1024
 """Largest request. Parsing runs on the event loop, so this bounds how long one
 caller can hold it; datasets and adapters are streamed."""
 INFERENCE = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
-SERVICES = (INFERENCE,)
-"""Full names of the services that this gateway implements itself."""
+ADAPTERS = adapters_pb2.DESCRIPTOR.services_by_name["Adapters"].full_name
+SERVICES = (INFERENCE, ADAPTERS)
+"""Full names of the services on the public address."""
+HOST_SERVICES = (ADAPTERS,)
+"""Those that the host answers, and workers pass on."""
+ENDLESS_METHODS = frozenset({"WatchAdapters"})
+"""Their calls end when the server drains: to wait for them would use up every grace."""
 _REFLECTION_V1 = "grpc.reflection.v1.ServerReflection"
 
 OPTIONS: tuple[tuple[str, int], ...] = (
@@ -55,12 +60,21 @@ OPTIONS: tuple[tuple[str, int], ...] = (
 class GatewayServer:
     """A grpc.aio server with everything on it. Owned by the worker."""
 
-    def __init__(self, edge: Edge, inference: InferenceServicer, settings: Settings) -> None:
+    def __init__(
+        self,
+        edge: Edge,
+        inference: InferenceServicer,
+        settings: Settings,
+        relay: grpc.GenericRpcHandler | None = None,
+    ) -> None:
+        """`relay` handles what the host answers; without it those services are not there."""
         self.health = Health(SERVICES)
         self._server = grpc.aio.server(
-            interceptors=[EdgeInterceptor(edge, SERVICES)], options=list(OPTIONS)
+            interceptors=[EdgeInterceptor(edge, (INFERENCE,))], options=list(OPTIONS)
         )
         add_InferenceServicer_to_server(inference, self._server)
+        if relay is not None:
+            self._server.add_generic_rpc_handlers((relay,))
         add_HealthServicer_to_server(self.health, self._server)
         if settings.reflection_on:
             _add_reflection(self._server)

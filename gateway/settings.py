@@ -21,7 +21,8 @@ from pydantic import AfterValidator, Field, ValidationError, field_validator, mo
 from pydantic_settings import BaseSettings, CliApp, NoDecode, SettingsConfigDict
 
 from engine.sampling import MAX_N
-from store.registry import NAME
+from store.records import NAME
+from store.sources import AllowedSources
 
 
 class SettingsError(Exception):
@@ -93,6 +94,10 @@ class Settings(BaseSettings):
     adapter: Annotated[dict[str, Path], NoDecode] = Field(
         default_factory=dict, description="NAME=PATH of an adapter to serve; repeatable."
     )
+    adapter_source_allow: Annotated[list[str], NoDecode] = Field(
+        default_factory=list,
+        description="Path or URL prefix that source_uri may name; repeatable. Uploads always work.",
+    )
 
     workers: int = Field(1, ge=1, le=32, description="Processes that serve the public address.")
     max_model_len: int = Field(2048, ge=16, description="Context in tokens, prompt and answer.")
@@ -151,6 +156,19 @@ class Settings(BaseSettings):
                 raise ValueError(f"adapter {name!r} is given twice; give each name once")
             adapters[name] = path
         return adapters
+
+    @field_validator("adapter_source_allow", mode="before")
+    @classmethod
+    def _parse_sources(cls, value: object) -> object:
+        """A list from flags, comma-separated from the environment."""
+        entries = value if isinstance(value, list) else [value]
+        return [part for entry in entries for part in str(entry).split(",") if part]
+
+    @field_validator("adapter_source_allow")
+    @classmethod
+    def _check_sources(cls, value: list[str]) -> list[str]:
+        AllowedSources(value)  # raises ValueError for what is neither path nor URL
+        return value
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

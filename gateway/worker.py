@@ -15,26 +15,40 @@ from multiprocessing.connection import Connection
 import uvloop
 
 from engine.errors import ShardUnavailable
+from engine.generation import VersionKey
 from engine.pool import ShardPool
+from engine.residents import Residents
 from engine.shard import VllmShard, preload
 from engine.signals import die_with_parent
 from gateway import metrics
 from gateway.admission import Admission, Draining
+from gateway.arms import Outcome, Reporter
+from gateway.call import Call
 from gateway.channel import (
+    Answer,
+    Ask,
     Channel,
     Drain,
+    Ended,
     Failed,
+    Flush,
     HostMessage,
     Imported,
+    Leave,
+    Loaded,
+    LoadFailed,
     Orders,
     Serving,
     ShardDied,
-    ShowView,
+    ShowAdapter,
+    TellUses,
+    Want,
     WorkerMessage,
 )
 from gateway.inference import Inference
 from gateway.model_card import model_card
-from gateway.server import GatewayServer
+from gateway.relay import Relay
+from gateway.server import ENDLESS_METHODS, HOST_SERVICES, GatewayServer
 from gateway.settings import configure_logging
 from gateway.tracing import Tracing
 from gateway.wrap import Edge
@@ -64,67 +78,98 @@ async def _run(connection: Connection) -> None:
     message = await channel.receive()
     if isinstance(message, Orders):
         try:
-            worker = Worker(message)
+            worker = Worker(message, channel)
             await worker.start()
         except Exception as error:
             logger.exception("worker could not serve")
             channel.send(Failed(f"{type(error).__name__}: {error}"))
             return
         channel.send(Serving())
-        await worker.run(channel)
+        await worker.run()
     channel.close()
 
 
 class Worker:
     """Everything that one worker owns, from attaching to its end."""
 
-    def __init__(self, orders: Orders) -> None:
+    def __init__(self, orders: Orders, channel: HostChannel) -> None:
         settings = orders.settings
         self._orders = orders
+        self._channel = channel
         self._shards = [VllmShard.attach(slot) for slot in orders.slots]
-        self._pool = ShardPool(self._shards)
-        self._pool.show(orders.view)
+        self._residents = {shard.name: self._residents_of(shard) for shard in self._shards}
+        for name, resident in orders.resident.items():
+            self._residents[name].all_loaded(resident)
+        self._view = orders.view
+        self._pool = ShardPool(self._shards, self._residents, self._view)
         self._admission = Admission()
         self._tracing = Tracing(settings.otlp_endpoint)
+        self._reporter = Reporter(lambda outcomes: channel.send(Ended(outcomes)))
         edge = Edge(
             self._admission,
             self._tracing,
             settings.default_unary_deadline_s,
             settings.default_stream_deadline_s,
+            self._ended,
         )
         info = self._shards[0].info
         card = model_card(settings, info, orders.fingerprints, self._admission.limit)
         inference = Inference(self._pool, self._admission, card)
-        self._server = GatewayServer(edge, inference, settings)
+        self._relay = Relay(orders.control_address, HOST_SERVICES, edge)
+        self._server = GatewayServer(edge, inference, settings, self._relay)
+        self._tasks: list[asyncio.Task[None]] = []
         self._done = asyncio.Event()
         self._dead_shards: set[str] = set()
 
+    def _residents_of(self, shard: VllmShard) -> Residents:
+        def ask(key: VersionKey) -> None:
+            self._channel.send(Want(shard.name, key))
+
+        return Residents(ask, shard.requests_of)
+
+    def _ended(self, call: Call, code: str, end_s: float) -> None:
+        """Note how a call ended: for metrics, and for the comparison of versions."""
+        metrics.record(call, code, end_s)
+        if call.version:
+            self._reporter.record(Outcome.of(call, code, end_s))
+
     async def start(self) -> None:
         """Take calls: bind, answer health with NOT_SERVING, warm up, then SERVING."""
+        self._tasks.append(asyncio.create_task(self._follow()))  # the host may ask at once
         self._server.bind(self._orders.listen, self._orders.settings)
         await self._server.start()
         for shard in self._shards:
             await shard.warm_up()
         await self._server.health.serving()
 
-    async def run(self, channel: HostChannel) -> None:
-        """Follow the host until it says Drain or is gone; then end everything."""
-        tasks = [asyncio.create_task(self._watch()), asyncio.create_task(self._follow(channel))]
+    async def run(self) -> None:
+        """Follow the host until it says Drain or is gone; then end everything.
+
+        Raises the error of a task that failed: the host puts another worker in this one's place.
+        """
+        work = (self._watch(), self._reporter.run(), _until(self._done))
+        self._tasks += [asyncio.create_task(coroutine) for coroutine in work]
         try:
-            await self._done.wait()
+            ended, _ = await asyncio.wait(self._tasks, return_when=asyncio.FIRST_COMPLETED)
+            for task in ended:
+                task.result()
         finally:
-            for task in tasks:
+            for task in self._tasks:
                 task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await asyncio.gather(*self._tasks, return_exceptions=True)
             await self._close()
 
-    async def _follow(self, channel: HostChannel) -> None:
+    async def _follow(self) -> None:
         """Do what the host says, also while draining."""
         async with asyncio.TaskGroup() as draining:
             while True:
-                match await channel.receive():
-                    case ShowView(view):
-                        self._pool.show(view)
+                match await self._channel.receive():
+                    case Ask(ticket, question):
+                        self._answer(ticket, question)
+                    case Loaded(shard, version):
+                        self._residents[shard].loaded(version)
+                    case LoadFailed(shard, key, reason):
+                        self._residents[shard].failed(key, reason)
                     case ShardDied(name):
                         self._end_shard(name)
                     case Drain(delay_s, grace_s):
@@ -132,6 +177,19 @@ class Worker:
                     case None:  # the host is gone
                         self._done.set()
                         return
+
+    def _answer(self, ticket: int, question: ShowAdapter | Leave | TellUses | Flush) -> None:
+        match question:
+            case ShowAdapter(tenant, adapter, served):
+                self._view.show(tenant, adapter, served)
+                self._channel.send(Answer(ticket))
+            case Leave(shard, key):
+                self._residents[shard].leave(key, lambda: self._channel.send(Answer(ticket)))
+            case TellUses(shard):
+                self._channel.send(Answer(ticket, self._residents[shard].uses()))
+            case Flush():
+                self._reporter.flush()
+                self._channel.send(Answer(ticket))
 
     def _end_shard(self, name: str) -> None:
         self._dead_shards.add(name)
@@ -149,6 +207,7 @@ class Worker:
             self._server.health.drain()
             await asyncio.sleep(delay_s)  # load balancers need time to see it
             self._admission.close(Draining())
+            self._admission.cut_all(Draining(), ENDLESS_METHODS)
             if not await self._admission.wait_idle(grace_s):
                 self._admission.cut_all(Draining())
                 await self._admission.wait_idle(CUT_TIMEOUT_S)
@@ -157,6 +216,10 @@ class Worker:
 
     async def _close(self) -> None:
         await self._server.stop(CUT_TIMEOUT_S)
+        self._reporter.flush()
+        await self._relay.close()
+        for residents in self._residents.values():
+            await residents.close()
         await asyncio.to_thread(self._tracing.close)
         for shard in self._shards:
             shard.close()
@@ -184,3 +247,7 @@ class Worker:
                     # vLLM's output task ended: every call would fail, and health would not tell.
                     logger.critical("cannot hear %s any more; the standby takes over", shard.name)
                     os._exit(1)
+
+
+async def _until(event: asyncio.Event) -> None:
+    await event.wait()

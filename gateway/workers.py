@@ -8,25 +8,36 @@ from __future__ import annotations
 
 import asyncio
 import enum
+import itertools
 import logging
 import multiprocessing
 import os
 from collections.abc import Awaitable, Callable
+from typing import Any
 
 from engine.core import ClientSlot
 from engine.errors import SlotsUsedUp
 from engine.signals import group_signals_blocked
 from gateway import metrics
 from gateway.channel import (
+    Answer,
+    Ask,
     Channel,
     Drain,
+    Ended,
     Failed,
+    Flush,
     HostMessage,
     Imported,
+    Leave,
+    Loaded,
+    LoadFailed,
     Orders,
     Serving,
     ShardDied,
-    ShowView,
+    ShowAdapter,
+    TellUses,
+    Want,
     WorkerMessage,
 )
 from gateway.worker import worker_main
@@ -115,6 +126,26 @@ class WorkerProcess:
         return self._process.exitcode
 
 
+class _Question:
+    """A question to several workers, until all have answered or died."""
+
+    def __init__(self, asked: set[WorkerProcess]) -> None:
+        self.values: list[Any] = []
+        self.done = asyncio.Event()
+        self._open = asked
+        self.forget(None)
+
+    def answer(self, worker: WorkerProcess, value: Any) -> None:
+        self.values.append(value)
+        self.forget(worker)
+
+    def forget(self, worker: WorkerProcess | None) -> None:
+        if worker is not None:
+            self._open.discard(worker)
+        if not self._open:
+            self.done.set()
+
+
 class WorkerFleet:
     """All workers of the host. `run` owns them until they are drained."""
 
@@ -123,12 +154,17 @@ class WorkerFleet:
         count: int,
         make_orders: Callable[[], Orders],
         after_death: Callable[[WorkerProcess], Awaitable[None]],
+        hear: Callable[[Want | Ended], None],
     ) -> None:
         """`make_orders` is asked for each worker that is put to work, and takes fresh slots;
-        it may raise SlotsUsedUp. `after_death` cleans up after one that died."""
+        it may raise SlotsUsedUp. `after_death` cleans up after one that died. `hear` is told
+        what workers say unasked."""
         self._count = count
         self._make_orders = make_orders
         self._after_death = after_death
+        self._hear = hear
+        self._questions: dict[int, _Question] = {}
+        self._tickets = itertools.count(1)
         self._workers: set[WorkerProcess] = set()
         self._tasks: asyncio.TaskGroup | None = None
         self._changed = asyncio.Event()
@@ -162,11 +198,38 @@ class WorkerFleet:
             self._changed.clear()
             await self._changed.wait()
 
-    def tell(self, message: ShowView | ShardDied) -> None:
+    def tell(self, message: Loaded | LoadFailed | ShardDied) -> None:
         """Tell every worker that serves, is about to, or still finishes its calls."""
         for worker in self._workers:
             if worker.slots:
                 worker.channel.send(message)
+
+    def ask(
+        self, question: ShowAdapter | Leave | TellUses | Flush, timeout_s: float | None = None
+    ) -> Awaitable[list[Any]]:
+        """Ask every worker that has calls or will; awaited, the answers of all that lived, or
+        after `timeout_s` those that have come.
+
+        The question is sent before this returns. One that dies counts as having answered once
+        what it left in the cores is aborted.
+        """
+        asked = {worker for worker in self._workers if worker.slots}
+        ticket = next(self._tickets)
+        self._questions[ticket] = _Question(asked)
+        for worker in asked:
+            worker.channel.send(Ask(ticket, question))
+        return self._answers(ticket, timeout_s)
+
+    async def _answers(self, ticket: int, timeout_s: float | None) -> list[Any]:
+        question = self._questions[ticket]
+        try:
+            async with asyncio.timeout(timeout_s):
+                await question.done.wait()
+        except TimeoutError:
+            logger.warning("a worker does not answer in %g s", timeout_s)
+        finally:
+            del self._questions[ticket]
+        return question.values
 
     async def drain(self, delay_s: float, grace_s: float) -> None:
         """End all workers: those that serve get `grace_s` for their running calls.
@@ -217,15 +280,28 @@ class WorkerFleet:
             self._workers.discard(worker)
             self._note_change()
         if self._draining:
+            self._forget(worker)
             return
         metrics.worker_deaths.inc()
         logger.error("worker %d died while %s (exit code %s)", worker.pid, died_in.value, code)
+        assert self._tasks is not None
+        self._tasks.create_task(self._clean_up(worker))
         if died_in is not WorkerState.SERVING:
             if not self._number(WorkerState.SERVING):
                 raise WorkerFailed(worker.failure or f"worker ended while {died_in.value}")
             await asyncio.sleep(RETRY_DELAY_S)  # what stopped it may stop the next as well
         self._assign()
-        await self._after_death(worker)
+
+    async def _clean_up(self, worker: WorkerProcess) -> None:
+        try:
+            await self._after_death(worker)
+        finally:
+            self._forget(worker)
+
+    def _forget(self, worker: WorkerProcess) -> None:
+        """Wait for no answer of a worker that is gone."""
+        for question in self._questions.values():
+            question.forget(worker)
 
     async def _listen(self, worker: WorkerProcess) -> None:
         while (message := await worker.channel.receive()) is not None:
@@ -240,6 +316,13 @@ class WorkerFleet:
                 case Failed(reason):
                     worker.failure = reason
                     return  # it is of no use any more, and ended if it does not end
+                case Answer(ticket, value):
+                    if (question := self._questions.get(ticket)) is not None:
+                        question.answer(worker, value)
+                    continue
+                case Want() | Ended():
+                    self._hear(message)
+                    continue
             self._assign()
             self._note_change()
 

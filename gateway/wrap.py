@@ -3,7 +3,7 @@
     bytes in -> Call opened, span started -> admission -> message parsed -> servicer
     -> messages out -> exception to status -> metrics and span closed
 
-Handlers stay plain: coroutines for unary RPCs, async generators for streams. grpc.aio does
+Handlers stay plain: coroutines for unary answers, async generators for streams. grpc.aio does
 not close an async generator whose RPC is cancelled during a write (server.pyx), so
 streams are driven here, inside `aclosing`: the engine request is aborted at once.
 """
@@ -25,8 +25,9 @@ from grpc_status import rpc_status
 
 from gateway import metrics
 from gateway.admission import Admission
-from gateway.call import Call, set_current_call
-from gateway.errors import DefaultDeadlineExceeded, MalformedMessage, status_of
+from gateway.call import Call, Principal, set_current_call
+from gateway.errors import status_of
+from gateway.exceptions import DefaultDeadlineExceeded, MalformedMessage
 from gateway.tracing import Tracing
 
 logger = logging.getLogger(__name__)
@@ -35,14 +36,34 @@ Context = grpc.aio.ServicerContext[Any, Any]
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"  # generic in its stubs alone
 
 
+HEAR_OUT_S = 2.0
+"""How long an upload that has its answer is read on; 4 GiB are not waited for."""
+
+
+def _anyone(context: Context) -> Principal:
+    return Principal()
+
+
 @dataclass(frozen=True, slots=True)
 class Edge:
-    """What all calls of a worker share."""
+    """What all calls of a server share."""
 
     admission: Admission
     tracing: Tracing
     unary_deadline_s: float
     stream_deadline_s: float
+    ended: Callable[[Call, str, float], None]
+    """Told of each call that ended: with its code, and when on the monotonic clock."""
+    principal: Callable[[Context], Principal] = _anyone
+    """Who calls."""
+    patient: frozenset[str] = frozenset()
+    """Methods without a default deadline: they take as long as what they wait for."""
+
+    def deadline_s(self, method: str, *, streams: bool) -> float | None:
+        """Default deadline of a method, in seconds."""
+        if method in self.patient:
+            return None
+        return self.stream_deadline_s if streams else self.unary_deadline_s
 
 
 class EdgeInterceptor(grpc.aio.ServerInterceptor):
@@ -68,27 +89,37 @@ def wrap(handler: Any, method: str, edge: Edge) -> Handler:
     """The handler with the edge around it. Takes raw bytes, so that parsing is ours too:
     grpc.aio itself answers a message that does not parse with UNKNOWN and its own internals."""
     parse = handler.request_deserializer
+    streams = handler.response_streaming or handler.request_streaming
+    deadline_s = edge.deadline_s(method, streams=streams)
 
     async def unary(raw: bytes, context: Context) -> Message:
-        async with _call(method, context, edge, edge.unary_deadline_s):
+        async with open_call(method, context, edge, deadline_s):
             return await handler.unary_unary(_parsed(raw, parse), context)  # type: ignore[no-any-return]
 
+    async def upload(raws: AsyncIterator[bytes], context: Context) -> Message:
+        async with open_call(method, context, edge, deadline_s):
+            parsed = (_parsed(raw, parse) async for raw in raws)
+            try:
+                answer: Message = await handler.stream_unary(parsed, context)
+            except Exception:
+                await _hear_out(raws)
+                raise
+            await _hear_out(raws)
+            return answer
+
     async def stream(raw: bytes, context: Context) -> None:
-        async with _call(method, context, edge, edge.stream_deadline_s) as call:
+        async with open_call(method, context, edge, deadline_s) as call:
             events: AsyncGenerator[Message, None] = handler.unary_stream(
                 _parsed(raw, parse), context
             )
             async with contextlib.aclosing(events):
                 async for event in events:
-                    call.writing_since_s = time.monotonic()
-                    if call.first_write is None:
-                        call.first_write = asyncio.ensure_future(context.write(event))
-                        call.first_write.add_done_callback(_retrieve)
-                        await asyncio.shield(call.first_write)
-                    else:
-                        await context.write(event)
-                    call.writing_since_s = None
+                    await write(call, context, event)
 
+    if handler.request_streaming:
+        return grpc.stream_unary_rpc_method_handler(
+            upload, response_serializer=handler.response_serializer
+        )
     if handler.response_streaming:
         return grpc.unary_stream_rpc_method_handler(
             stream, response_serializer=handler.response_serializer
@@ -96,6 +127,28 @@ def wrap(handler: Any, method: str, edge: Edge) -> Handler:
     return grpc.unary_unary_rpc_method_handler(
         unary, response_serializer=handler.response_serializer
     )
+
+
+async def _hear_out(raws: AsyncIterator[bytes]) -> None:
+    """Read what a caller still sends, for a moment, before a status ends the call: grpc.aio's
+    client puts its own INTERNAL in place of a status that meets a message in flight
+    (grpc/aio/_call.py, set_internal_error)."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(HEAR_OUT_S):
+            async for _ in raws:
+                pass
+
+
+async def write(call: Call, context: Context, message: Any) -> None:
+    """Send one message of a stream."""
+    call.writing_since_s = time.monotonic()
+    if call.first_write is None:
+        call.first_write = asyncio.ensure_future(context.write(message))
+        call.first_write.add_done_callback(_retrieve)
+        await asyncio.shield(call.first_write)
+    else:
+        await context.write(message)
+    call.writing_since_s = None
 
 
 def _retrieve(write: asyncio.Future[None]) -> None:
@@ -116,11 +169,11 @@ def _parsed(raw: bytes, parse: Callable[[bytes], Message]) -> Message:
 
 
 @contextlib.asynccontextmanager
-async def _call(
-    method: str, context: Context, edge: Edge, default_deadline_s: float
+async def open_call(
+    method: str, context: Context, edge: Edge, default_deadline_s: float | None
 ) -> AsyncIterator[Call]:
     """Run the body as one call: tracked, timed, and every way out turned into a status."""
-    call = Call(method)
+    call = Call(method, edge.principal(context))
     set_current_call(call)
     span = edge.tracing.start(call, context.invocation_metadata() or ())
     code = "OK"
@@ -156,7 +209,7 @@ async def _call(
         await _abort(context, call, status, error)
     finally:
         metrics.inflight.dec()
-        metrics.record(call, code, time.monotonic())
+        edge.ended(call, code, time.monotonic())
         edge.tracing.end(span, call, code)
 
 

@@ -24,13 +24,16 @@ import shutil
 import stat
 import uuid
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
+from io import FileIO
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO, Self
+from typing import Protocol, Self
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
+FILES = (CONFIG_FILE, WEIGHTS_FILE)
 PICKLE_FILES = ("adapter_model.bin", "adapter_model.pt")
 """Weights that vLLM would unpickle if there were no safetensors (vllm/lora/lora_model.py:298)."""
 
@@ -42,11 +45,14 @@ COPY_CHUNK_BYTES = 1024**2
 FOLDER_MODE, FILE_MODE = 0o700, 0o600
 SEALED_FOLDER_MODE, SEALED_FILE_MODE = 0o555, 0o444
 
+Stamp = tuple[int, ...]
+"""Differs once a file was replaced or written to; see `_stamp`."""
+
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
 class SourceUnusable(ValueError):
-    """The folder is no adapter that can be taken in. The message says what to do."""
+    """The source is no adapter that can be taken in. The message says what to do."""
 
 
 class ArtifactDamaged(Exception):
@@ -63,6 +69,25 @@ class Artifact:
     """Absolute folder that holds exactly the two files, read-only."""
     size_bytes: int
     """Of the files together."""
+    weights_sha256: str
+    """Lower-case hex SHA-256 of `adapter_model.safetensors`, as `sha256sum` prints it."""
+
+
+class SourceFiles(Protocol):
+    """The files of an adapter where somebody keeps them, open for one copy."""
+
+    def chunks(self, name: str, limit_bytes: int) -> Iterator[bytes | memoryview]:
+        """The bytes of one file in order; each chunk is good until the next one is asked for.
+
+        Raises SourceUnusable if the file is missing, cannot be read or exceeds `limit_bytes`.
+        """
+
+
+class Source(Protocol):
+    """A place that holds an adapter; those that callers may name are in `store/sources.py`."""
+
+    def open(self) -> AbstractContextManager[SourceFiles]:
+        """Reach the place. Raises SourceUnusable."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +108,7 @@ class StagedArtifact:
         """Folder of the copy; gone after `commit`."""
         self.digest = _digest(files)
         self.size_bytes = sum(file.size_bytes for file in files)
+        self.weights_sha256 = _weights_sha256(files)
         self._store = store
 
     def commit(self) -> Artifact:
@@ -115,23 +141,26 @@ class ArtifactStore:
         self._adapters = root.resolve() / "adapters"
         for folder in (self._staging, self._adapters):
             folder.mkdir(mode=FOLDER_MODE, parents=True, exist_ok=True)
+        sync_path(root.resolve())  # or a power cut takes what is synced below with the names
         for leftover in self._staging.iterdir():
             shutil.rmtree(leftover)
+        self._verified: dict[str, tuple[Artifact, list[Stamp]]] = {}
 
-    def stage(self, source: Path) -> StagedArtifact:
+    def stage(self, source: Path | Source) -> StagedArtifact:
         """Copy the two files of an adapter out of `source`; anything else there is ignored.
 
-        `source` may be a link to a folder, but its files may not be links. Raises
-        SourceUnusable if they are missing, too large, not regular files, or change while they
-        are copied, and OSError if our own disk fails or is full.
+        A Path is one that the operator chose, or ours: it may be a link to a folder, but its
+        files may not be links. Raises SourceUnusable if they are missing, too large, not
+        regular files, or change while they are copied, and OSError if our own disk fails or is
+        full.
         """
-        with _open_folder(source) as folder:
+        with _open_folder(source) if isinstance(source, Path) else source.open() as folder:
             path = self._staging / uuid.uuid4().hex
             path.mkdir(mode=FOLDER_MODE)
             try:
                 files = [
-                    _copy_file(folder, source, CONFIG_FILE, MAX_CONFIG_BYTES, path),
-                    _copy_file(folder, source, WEIGHTS_FILE, MAX_WEIGHTS_BYTES, path),
+                    _copy_file(folder, CONFIG_FILE, MAX_CONFIG_BYTES, path),
+                    _copy_file(folder, WEIGHTS_FILE, MAX_WEIGHTS_BYTES, path),
                 ]
             except BaseException:
                 shutil.rmtree(path, ignore_errors=True)
@@ -144,44 +173,81 @@ class ArtifactStore:
         Raises ArtifactDamaged if it is missing or holds other bytes, ValueError if `digest`
         is no SHA-256.
         """
-        if not _DIGEST.fullmatch(digest):
-            raise ValueError(f"not a digest: {digest!r}")
-        path = self._adapters / digest
+        path = self._path(digest)
         try:
-            files = [_hash_file(path / name) for name in (CONFIG_FILE, WEIGHTS_FILE)]
+            hashed = [_hash_file(path / name) for name in FILES]
         except OSError as error:
             raise ArtifactDamaged(
                 f"adapter files {path} cannot be read ({error.strerror}); restore the folder, "
                 "or remove it and create the version again"
             ) from error
+        files = [file for file, _ in hashed]
         if _digest(files) != digest:
             raise ArtifactDamaged(
                 f"adapter files {path} were changed after they were stored; restore the folder, "
                 "or remove it and create the version again"
             )
-        return Artifact(digest, path, sum(file.size_bytes for file in files))
+        size_bytes = sum(file.size_bytes for file in files)
+        artifact = Artifact(digest, path, size_bytes, _weights_sha256(files))
+        self._verified[digest] = artifact, [stamp for _, stamp in hashed]
+        return artifact
+
+    def open_verified(self, digest: str) -> Artifact:
+        """The stored artifact of that digest, to be loaded now.
+
+        Hashed the first time in this process, and whenever a file is another one or was
+        touched since; otherwise only looked at. Raises as `verify` does.
+        """
+        with contextlib.suppress(KeyError, OSError):
+            artifact, stamps = self._verified[digest]
+            if stamps == [_stamp((artifact.path / name).lstat()) for name in FILES]:
+                return artifact
+        return self.verify(digest)
+
+    def remove(self, digest: str) -> None:
+        """Delete a stored artifact, at once and for good; that it is missing is no error.
+
+        When this returns a power cut does not bring it back. The caller sees to it that no
+        version has the digest, no engine holds it, and no copy of it is committed meanwhile.
+        Raises ValueError if `digest` is no SHA-256, and OSError if the disk fails.
+        """
+        path = self._path(digest)
+        self._verified.pop(digest, None)
+        doomed = self._staging / uuid.uuid4().hex
+        try:
+            path.chmod(FOLDER_MODE)  # a folder without write permission cannot be moved
+            path.rename(doomed)  # atomic: no reader sees half an adapter
+        except FileNotFoundError:
+            return
+        sync_path(self._adapters)
+        shutil.rmtree(doomed, ignore_errors=True)  # what is left is swept at the next start
+
+    def _path(self, digest: str) -> Path:
+        if not _DIGEST.fullmatch(digest):
+            raise ValueError(f"not a digest: {digest!r}")
+        return self._adapters / digest
 
     def _keep(self, staged: StagedArtifact) -> Artifact:
-        path = self._adapters / staged.digest
+        path = self._path(staged.digest)
         if path.exists() or not self._move(staged.path, path):
             artifact = self.verify(staged.digest)
             shutil.rmtree(staged.path, ignore_errors=True)
         else:
-            artifact = Artifact(staged.digest, path, staged.size_bytes)
+            artifact = Artifact(staged.digest, path, staged.size_bytes, staged.weights_sha256)
         # Only now: a folder without write permission could not have been moved. Also for one
         # found there, because its process may have died between the two.
         path.chmod(SEALED_FOLDER_MODE)
-        _fsync(path)
-        _fsync(self._adapters)
+        sync_path(path)
+        sync_path(self._adapters)
         return artifact
 
     @staticmethod
     def _move(staged: Path, path: Path) -> bool:
         """Make the copy durable and put it in place. False: another thread was first."""
-        for name in (CONFIG_FILE, WEIGHTS_FILE):
+        for name in FILES:
             (staged / name).chmod(SEALED_FILE_MODE)
-            _fsync(staged / name)
-        _fsync(staged)
+            sync_path(staged / name)
+        sync_path(staged)
         try:
             staged.rename(path)  # atomic: no reader sees half an adapter
         except OSError as error:
@@ -191,9 +257,60 @@ class ArtifactStore:
         return True
 
 
+@dataclass(frozen=True, slots=True)
+class FolderFiles:
+    """The files of a folder of this machine. What is read comes from the folder that is open,
+    even if its path is swapped.
+    """
+
+    descriptor: int
+    path: Path
+    """What the folder is called in messages."""
+
+    def chunks(self, name: str, limit_bytes: int) -> Iterator[bytes | memoryview]:
+        """See `SourceFiles.chunks`. Also refuses links, and files that change meanwhile."""
+        with self._open(name, limit_bytes) as file:
+            remaining = os.fstat(file.fileno()).st_size
+            buffer = memoryview(bytearray(COPY_CHUNK_BYTES))
+            while remaining and (size := file.readinto(buffer[:remaining])):
+                remaining -= size
+                yield buffer[:size]
+            if remaining or file.read(1):
+                raise SourceUnusable(
+                    f"{self.path / name} changed while it was copied; try again when it is complete"
+                )
+
+    def _open(self, name: str, limit_bytes: int) -> FileIO:
+        """The file, once it is known to be a regular one within its limit."""
+        path = self.path / name
+        try:
+            # O_NONBLOCK, because opening a FIFO would wait for a writer.
+            flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
+            descriptor = os.open(name, flags, dir_fd=self.descriptor)
+        except FileNotFoundError as error:
+            raise SourceUnusable(_missing(self.descriptor, self.path, name)) from error
+        except OSError as error:
+            if error.errno == errno.ELOOP:
+                raise SourceUnusable(
+                    f"{path} is a symbolic link; copy the file itself there (cp -L)"
+                ) from error
+            raise SourceUnusable(
+                f"{path} cannot be opened ({error.strerror}); let the gateway read it"
+            ) from error
+        status = os.fstat(descriptor)
+        if stat.S_ISREG(status.st_mode) and status.st_size <= limit_bytes:
+            return FileIO(descriptor)
+        os.close(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise SourceUnusable(f"{path} is no regular file; copy the adapter's files there")
+        raise SourceUnusable(
+            f"{path} has {status.st_size} bytes, the limit is {limit_bytes}; "
+            "an adapter needs less: save it with PEFT's save_pretrained"
+        )
+
+
 @contextlib.contextmanager
-def _open_folder(source: Path) -> Iterator[int]:
-    """A descriptor of the folder: the files come from it even if the path is swapped."""
+def _open_folder(source: Path) -> Iterator[FolderFiles]:
     try:
         descriptor = os.open(source, os.O_RDONLY | os.O_DIRECTORY)
     except FileNotFoundError as error:
@@ -203,55 +320,22 @@ def _open_folder(source: Path) -> Iterator[int]:
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         raise SourceUnusable(f"{source} cannot be opened ({error}); check the path") from error
     try:
-        yield descriptor
+        yield FolderFiles(descriptor, source)
     finally:
         os.close(descriptor)
 
 
-def _copy_file(folder: int, source: Path, name: str, limit_bytes: int, into: Path) -> _File:
-    with _open_source(folder, source, name, limit_bytes) as file:
-        size_bytes = os.fstat(file.fileno()).st_size
-        digest = hashlib.sha256()
-        remaining = size_bytes
-        with (into / name).open("xb", buffering=0) as copy:
-            copied = copy.fileno()
-            os.fchmod(copied, FILE_MODE)
-            while chunk := file.read(min(COPY_CHUNK_BYTES, remaining)):
-                digest.update(chunk)
-                _write_all(copied, chunk)
-                remaining -= len(chunk)
-        if remaining or file.read(1):
-            raise SourceUnusable(
-                f"{source / name} changed while it was copied; try again when it is complete"
-            )
+def _copy_file(folder: SourceFiles, name: str, limit_bytes: int, into: Path) -> _File:
+    digest = hashlib.sha256()
+    size_bytes = 0
+    with (into / name).open("xb", buffering=0) as copy:
+        copied = copy.fileno()
+        os.fchmod(copied, FILE_MODE)
+        for chunk in folder.chunks(name, limit_bytes):
+            digest.update(chunk)
+            _write_all(copied, chunk)
+            size_bytes += len(chunk)
     return _File(name, digest.hexdigest(), size_bytes)
-
-
-def _open_source(folder: int, source: Path, name: str, limit_bytes: int) -> BinaryIO:
-    """The file, once it is known to be a regular one within its limit."""
-    try:
-        # O_NONBLOCK, because opening a FIFO would wait for a writer.
-        descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=folder)
-    except FileNotFoundError as error:
-        raise SourceUnusable(_missing(folder, source, name)) from error
-    except OSError as error:
-        if error.errno == errno.ELOOP:
-            raise SourceUnusable(
-                f"{source / name} is a symbolic link; copy the file itself there (cp -L)"
-            ) from error
-        raise SourceUnusable(
-            f"{source / name} cannot be opened ({error.strerror}); let the gateway read it"
-        ) from error
-    status = os.fstat(descriptor)
-    if stat.S_ISREG(status.st_mode) and status.st_size <= limit_bytes:
-        return os.fdopen(descriptor, "rb", buffering=0)
-    os.close(descriptor)
-    if not stat.S_ISREG(status.st_mode):
-        raise SourceUnusable(f"{source / name} is no regular file; copy the adapter's files there")
-    raise SourceUnusable(
-        f"{source / name} has {status.st_size} bytes, the limit is {limit_bytes}; "
-        "an adapter needs less: save it with PEFT's save_pretrained"
-    )
 
 
 def _missing(folder: int, source: Path, name: str) -> str:
@@ -266,17 +350,30 @@ def _missing(folder: int, source: Path, name: str) -> str:
     return f"{source} holds no {name}; name a folder that PEFT's save_pretrained wrote"
 
 
-def _write_all(descriptor: int, data: bytes) -> None:
+def _write_all(descriptor: int, data: bytes | memoryview) -> None:
     """`os.write` may write less than it is given, for example on a disk that fills up."""
     view = memoryview(data)
     while view:
         view = view[os.write(descriptor, view) :]
 
 
-def _hash_file(path: Path) -> _File:
-    with path.open("rb", buffering=0) as file:
+def _hash_file(path: Path) -> tuple[_File, Stamp]:
+    """A stored file, and its stamp from before it was read."""
+    # None of ours is a link or a FIFO; what was put in its place must not lead or wait elsewhere.
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    with FileIO(descriptor) as file:
+        status = os.fstat(descriptor)
         digest = hashlib.file_digest(file, "sha256")
-        return _File(path.name, digest.hexdigest(), os.fstat(file.fileno()).st_size)
+    return _File(path.name, digest.hexdigest(), status.st_size), _stamp(status)
+
+
+def _stamp(status: os.stat_result) -> Stamp:
+    # ctime too: whoever writes to a file can set its mtime back.
+    return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+def _weights_sha256(files: Sequence[_File]) -> str:
+    return next(file.sha256 for file in files if file.name == WEIGHTS_FILE)
 
 
 def _digest(files: Sequence[_File]) -> str:
@@ -285,7 +382,8 @@ def _digest(files: Sequence[_File]) -> str:
     return hashlib.sha256(manifest.encode()).hexdigest()
 
 
-def _fsync(path: Path) -> None:
+def sync_path(path: Path) -> None:
+    """Put a file's bytes, or the names in a folder, on the disk. Raises OSError."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

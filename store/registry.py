@@ -1,270 +1,208 @@
-"""The registry: which adapters exist, in which versions, under which ids.
+"""The registry as its users see it: what exists, what answers, and who changed it.
 
-One SQLite file, written by the host alone. What a method returned survives a crash and a power
-cut (WAL with synchronous=FULL). Two numbers are never handed out twice, not even after what
-they named was deleted, because engines keep what they once loaded: `lora_int_id` (a cached id
-wins over what it now stands for, vllm/lora/worker_manager.py:296) and the version number.
-They come from counters, not from the rows.
+A seam. SQLite is behind it for one host (`store/sqlite_registry.py`); a database that several
+hosts share can be, and passes the same tests (`tests/store/registry_contract.py`).
 """
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
-import re
-import sqlite3
-import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Sequence
 from types import TracebackType
-from typing import Self, TypeVar
+from typing import Protocol, Self
 
-SCHEMA_VERSION = 1
-BUSY_TIMEOUT_S = 5.0
-"""Wait for a lock that somebody's `sqlite3` shell holds on the file."""
-NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
-"""Names of tenants and adapters, as the contract has them."""
-
-_DIGEST = re.compile(r"[0-9a-f]{64}")
-_SCHEMA = """
-CREATE TABLE lora_int_id (
-    last INTEGER NOT NULL              -- one row
-) STRICT;
-INSERT INTO lora_int_id VALUES (0);
-
-CREATE TABLE adapter (
-    tenant       TEXT NOT NULL,
-    adapter      TEXT NOT NULL,
-    last_version INTEGER NOT NULL,
-    PRIMARY KEY (tenant, adapter)
-) STRICT, WITHOUT ROWID;
-
-CREATE TABLE adapter_version (
-    tenant         TEXT NOT NULL,
-    adapter        TEXT NOT NULL,
-    version        INTEGER NOT NULL,
-    digest         TEXT NOT NULL,
-    lora_int_id    INTEGER NOT NULL UNIQUE,
-    create_time_ns INTEGER NOT NULL,   -- since the epoch
-    PRIMARY KEY (tenant, adapter, version),
-    UNIQUE (tenant, adapter, digest),
-    FOREIGN KEY (tenant, adapter) REFERENCES adapter
-) STRICT, WITHOUT ROWID;
-"""
-
-T = TypeVar("T")
+from store.records import (
+    AdapterRecord,
+    Arm,
+    Content,
+    EventRecord,
+    FeedbackSummary,
+    Guard,
+    NewVersion,
+    VersionRecord,
+    VersionState,
+)
 
 
-class RegistryUnusable(Exception):
-    """The file is no registry, or a newer release wrote it. The message says what to do."""
+class Registry(Protocol):
+    """Adapters, their versions and splits, and the trail of changes.
 
+    Use as an async context manager, or `open` and `close` it. Each method is one transaction:
+    what it returned survives a crash and a power cut, and what it raised wrote nothing. A call
+    that is cancelled may still take effect. The database's own errors come through when the
+    disk or the connection fails.
 
-class InvalidName(ValueError):
-    """A tenant or an adapter is not called by the rules."""
+    Changes name their `actor`, and write their event in the same transaction. Two numbers are
+    never handed out twice, because engines keep what they once loaded: a version's number, and
+    its `lora_int_id` (a cached id wins over what it now stands for,
+    vllm/lora/worker_manager.py:296).
 
-    def __init__(self, kind: str, name: str) -> None:
-        super().__init__(
-            f"{kind} {name!r} is no valid name; use 1 to 63 of a-z 0-9 . _ - and begin with a "
-            "letter or a digit"
-        )
-
-
-class VersionUnknown(LookupError):
-    """The registry holds no such version."""
-
-
-@dataclass(frozen=True, slots=True)
-class VersionRecord:
-    """One version of an adapter, as registered."""
-
-    tenant: str
-    adapter: str
-    version: int
-    """From 1 up, per adapter."""
-    digest: str
-    """Of the adapter's files; see `store/artifacts.py`."""
-    lora_int_id: int
-    """Identifies the version to vLLM; from 1 up, over all tenants."""
-    create_time_ns: int
-    """When it was first registered, in nanoseconds since the epoch."""
-
-
-class Registry:
-    """The database behind an async seam: one thread owns the connection.
-
-    Use as an async context manager, or `open` and `close` it. A call that is cancelled may
-    still take effect. sqlite3.Error comes through when the disk fails or is full; then nothing
-    of that call was written.
+    A method that names an adapter raises AdapterUnknown if there is none, and one that names a
+    version also VersionUnknown, unless it says otherwise.
     """
 
-    def __init__(self, path: Path, *, clock_ns: Callable[[], int] = time.time_ns) -> None:
-        self._path = path
-        self._clock_ns = clock_ns
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="registry")
-        self._connection: sqlite3.Connection | None = None  # the thread's alone
-        self._closed = False
-
     async def open(self) -> None:
-        """Open the file, or make it. Raises RegistryUnusable."""
-        await self._call(self._open)
-
-    def _open(self) -> None:
-        try:
-            self._connection = _connect(self._path)
-        except sqlite3.Error as error:
-            raise RegistryUnusable(
-                f"{self._path} cannot be used as registry ({error}); restore it from a backup, "
-                "or choose another --state-dir"
-            ) from error
+        """Connect, and bring an older schema up to date. Raises RegistryUnusable."""
 
     async def close(self) -> None:
-        """Finish what runs and close the file. Safe to call twice."""
-        if not self._closed:
-            self._closed = True
-            await self._call(self._close)
-            self._thread.shutdown()  # returns at once: the thread has nothing left to do
+        """Finish what runs and let go of the database. Safe to call twice."""
 
-    def _close(self) -> None:
-        if self._connection is not None:
-            self._connection.close()
-            self._connection = None
-
-    async def __aenter__(self) -> Self:
-        try:
-            await self.open()
-        except BaseException:
-            await self.close()
-            raise
-        return self
+    async def __aenter__(self) -> Self: ...
 
     async def __aexit__(
         self,
         kind: type[BaseException] | None,
         error: BaseException | None,
         traceback: TracebackType | None,
-    ) -> None:
-        await self.close()
+    ) -> None: ...
 
-    async def register(self, tenant: str, adapter: str, digest: str) -> VersionRecord:
-        """The version of `adapter` with these files: the one that has them, or a new one.
+    # From a request to a version that is gone.
 
-        Raises InvalidName, or ValueError if `digest` is no lower-case hex SHA-256.
+    async def begin_version(self, new: NewVersion, *, request_id: str, actor: str) -> VersionRecord:
+        """The next version of its adapter, VALIDATING; the adapter is made if there is none.
+
+        A `request_id` makes it safe to repeat, per tenant: the same fields again return the
+        version that they made, as it stands now. Empty: every call makes a version. Raises
+        InvalidName, or RequestIdReused if the id came with other fields before.
         """
-        for kind, name in (("tenant", tenant), ("adapter", adapter)):
-            if not NAME.fullmatch(name):
-                raise InvalidName(kind, name)
-        if not _DIGEST.fullmatch(digest):
-            raise ValueError(f"not a digest: {digest!r}")
-        now_ns = self._clock_ns()
-        return await self._transact(lambda db: _register(db, tenant, adapter, digest, now_ns))
+
+    async def complete_version(
+        self, tenant: str, adapter: str, version: int, content: Content, *, actor: str
+    ) -> tuple[VersionRecord, AdapterRecord]:
+        """VALIDATING to READY. If the adapter's split was never set, and the version was asked
+        for with `take_traffic`, it gets all traffic at once.
+
+        Raises TransitionRefused, or ValueError if the digest is no lower-case hex SHA-256.
+        """
+
+    async def fail_version(
+        self, tenant: str, adapter: str, version: int, findings: Sequence[str], *, actor: str
+    ) -> VersionRecord:
+        """VALIDATING to FAILED; `findings` say why. Raises TransitionRefused."""
+
+    async def drain_version(
+        self, tenant: str, adapter: str, version: int, *, actor: str
+    ) -> VersionRecord:
+        """READY to DRAINING. One that is DRAINING, FAILED or DELETED stays as it is.
+
+        Raises VersionInUse if it has traffic, TransitionRefused if it is VALIDATING.
+        """
+
+    async def delete_version(
+        self, tenant: str, adapter: str, version: int, *, actor: str
+    ) -> VersionRecord:
+        """DRAINING or FAILED to DELETED. One that is DELETED stays as it is.
+
+        Raises TransitionRefused.
+        """
 
     async def mint_lora_int_id(self, tenant: str, adapter: str, version: int) -> int:
         """Give a version a fresh id, and return it.
 
         After a failed `add_lora` the old id may name half an adapter in the engine
-        (vllm/lora/model_manager.py:363). Raises VersionUnknown.
+        (vllm/lora/model_manager.py:363).
         """
-        return await self._transact(lambda db: _replace_lora_int_id(db, tenant, adapter, version))
 
-    async def _transact(self, body: Callable[[sqlite3.Connection], T]) -> T:
-        """Run `body` in the thread, as one transaction that is durable when this returns."""
+    # Which version answers.
 
-        def run() -> T:
-            if self._connection is None:
-                raise RuntimeError("the registry is not open")
-            with _transaction(self._connection):
-                return body(self._connection)
+    async def set_traffic(
+        self,
+        tenant: str,
+        adapter: str,
+        arms: Sequence[Arm],
+        *,
+        guard: Guard | None = None,
+        etag: str = "",
+        actor: str,
+        reason: str = "",
+    ) -> AdapterRecord:
+        """Replace the split and its guard, as a new revision even if they are the same.
 
-        return await self._call(run)
+        No arms: no version answers unasked. With an `etag`, only if the adapter still has it.
+        Raises EtagMismatch, VersionUnknown or VersionNotReady, or ValueError if a version comes
+        twice, a weight is below 1 or the guard's version is no arm.
+        """
 
-    async def _call(self, function: Callable[[], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._thread, function)
+    async def promote(
+        self, tenant: str, adapter: str, version: int, *, etag: str = "", actor: str
+    ) -> AdapterRecord:
+        """Give one version all traffic, unguarded. Raises EtagMismatch or VersionNotReady."""
 
+    async def roll_back(
+        self, tenant: str, adapter: str, *, etag: str = "", actor: str, reason: str = ""
+    ) -> AdapterRecord:
+        """Restore the split before the last `set_traffic` or `promote`, unguarded; called again,
+        the one before that.
 
-def _connect(path: Path) -> sqlite3.Connection:
-    connection = sqlite3.connect(path, timeout=BUSY_TIMEOUT_S, isolation_level=None)
-    try:
-        connection.execute("PRAGMA journal_mode = WAL")
-        connection.execute("PRAGMA synchronous = FULL")
-        connection.execute("PRAGMA foreign_keys = ON")
-        with _transaction(connection):
-            _migrate(connection, path)
-    except BaseException:
-        connection.close()
-        raise
-    return connection
+        Raises EtagMismatch, or NothingToRollBack if nothing was before, or a version of it is
+        not READY any more.
+        """
 
+    # What there is.
 
-def _migrate(connection: sqlite3.Connection, path: Path) -> None:
-    (found,) = connection.execute("PRAGMA user_version").fetchone()
-    if found == 0:
-        # Not executescript: it would commit the transaction that makes this all or nothing.
-        for statement in _SCHEMA.split(";"):
-            connection.execute(statement)
-        connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
-    elif found != SCHEMA_VERSION:
-        raise RegistryUnusable(
-            f"{path} has schema {found}, and this release knows {SCHEMA_VERSION}; start the "
-            "release that wrote it, or choose another --state-dir"
-        )
+    async def adapter(self, tenant: str, adapter: str) -> AdapterRecord:
+        """The adapter as it stands."""
 
+    async def adapters(
+        self, tenant: str, *, after: str = "", prefix: str = "", limit: int
+    ) -> list[AdapterRecord]:
+        """The first `limit` adapters by name of those that are called above `after` and begin
+        with `prefix`. Raises ValueError for a limit below 1.
+        """
 
-@contextlib.contextmanager
-def _transaction(connection: sqlite3.Connection) -> Iterator[None]:
-    connection.execute("BEGIN IMMEDIATE")  # take the write lock first, never upgrade to it
-    try:
-        yield
-        connection.execute("COMMIT")
-    except BaseException:
-        if connection.in_transaction:  # a full disk makes SQLite roll back by itself
-            connection.execute("ROLLBACK")
-        raise
+    async def version(self, tenant: str, adapter: str, version: int) -> VersionRecord:
+        """The version as it stands, whatever its state."""
 
+    async def versions(
+        self,
+        tenant: str,
+        adapter: str,
+        *,
+        below: int | None = None,
+        limit: int,
+        deleted: bool = False,
+    ) -> list[VersionRecord]:
+        """The first `limit` versions below that number (None: from the top), newest first.
 
-def _register(
-    connection: sqlite3.Connection, tenant: str, adapter: str, digest: str, now_ns: int
-) -> VersionRecord:
-    found = connection.execute(
-        "SELECT tenant, adapter, version, digest, lora_int_id, create_time_ns"
-        " FROM adapter_version WHERE tenant = ? AND adapter = ? AND digest = ?",
-        (tenant, adapter, digest),
-    ).fetchone()
-    if found is not None:
-        return VersionRecord(*found)
-    (version,) = connection.execute(
-        "INSERT INTO adapter VALUES (?, ?, 1)"
-        " ON CONFLICT DO UPDATE SET last_version = last_version + 1 RETURNING last_version",
-        (tenant, adapter),
-    ).fetchone()
-    lora_int_id = _next_lora_int_id(connection)
-    record = VersionRecord(tenant, adapter, version, digest, lora_int_id, now_ns)
-    connection.execute(
-        "INSERT INTO adapter_version"
-        " (tenant, adapter, version, digest, lora_int_id, create_time_ns)"
-        " VALUES (?, ?, ?, ?, ?, ?)",
-        (tenant, adapter, version, digest, lora_int_id, now_ns),
-    )
-    return record
+        Those that are DELETED are left out unless asked for. Raises ValueError for a limit
+        below 1.
+        """
 
+    async def versions_in(self, state: VersionState) -> list[VersionRecord]:
+        """All versions of all tenants that are in that state, by tenant, adapter and version."""
 
-def _replace_lora_int_id(
-    connection: sqlite3.Connection, tenant: str, adapter: str, version: int
-) -> int:
-    lora_int_id = _next_lora_int_id(connection)
-    changed = connection.execute(
-        "UPDATE adapter_version SET lora_int_id = ?"
-        " WHERE tenant = ? AND adapter = ? AND version = ?",
-        (lora_int_id, tenant, adapter, version),
-    ).rowcount
-    if not changed:
-        raise VersionUnknown(f"{tenant}/{adapter} has no version {version}")
-    return lora_int_id
+    async def find_ready(self, tenant: str, adapter: str, digest: str) -> VersionRecord | None:
+        """The newest READY version with that content; None if there is none."""
 
+    async def version_of_request(self, tenant: str, request_id: str) -> VersionRecord | None:
+        """The version that a request made; None if it made none."""
 
-def _next_lora_int_id(connection: sqlite3.Connection) -> int:
-    (minted,) = connection.execute(
-        "UPDATE lora_int_id SET last = last + 1 RETURNING last"
-    ).fetchone()
-    return int(minted)
+    async def digest_in_use(self, digest: str) -> bool:
+        """Whether any tenant's version has that content, and is neither FAILED nor DELETED."""
+
+    async def snapshot(self) -> list[tuple[AdapterRecord, tuple[int, ...]]]:
+        """All adapters of all tenants, each with its READY versions in ascending order."""
+
+    # What happened.
+
+    async def events(
+        self, tenant: str, *, after: int, limit: int, adapter: str = ""
+    ) -> list[EventRecord]:
+        """The first `limit` events of a tenant, or of one adapter of it, with a sequence number
+        above `after`, in their order. None if there is no such adapter.
+
+        Raises ValueError for a limit below 1.
+        """
+
+    async def last_sequence(self) -> int:
+        """The sequence number of the newest event of all tenants; 0 before the first."""
+
+    async def record_feedback(
+        self, tenant: str, adapter: str, version: int, request_id: str, score: float
+    ) -> None:
+        """Score the answer to a request; replaces the score that the request had.
+
+        Raises ValueError for a score that is not finite.
+        """
+
+    async def feedback(self, tenant: str, adapter: str) -> dict[int, FeedbackSummary]:
+        """The scores of each version that has any; empty if there is no such adapter."""

@@ -49,7 +49,7 @@ class StateFolder:
 
     def __init__(self, path: Path) -> None:
         try:
-            path.mkdir(mode=FOLDER_MODE, parents=True, exist_ok=True)
+            _make(path)
             # Absolute, because vLLM takes a relative adapter path that does not exist for a
             # hub id and downloads it (vllm/lora/utils.py:329).
             self.path = path.resolve(strict=True)
@@ -117,6 +117,18 @@ class StateFolder:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def _make(path: Path) -> None:
+    """Make the folder and its parents, so that a power cut does not take their names again."""
+    if not path.is_dir():
+        _make(path.parent)
+        path.mkdir(mode=FOLDER_MODE, exist_ok=True)
+        parent = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(parent)
+        finally:
+            os.close(parent)
 
 
 def _reason(error: OSError) -> str:

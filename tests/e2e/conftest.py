@@ -59,3 +59,22 @@ async def channel(gateway: GatewayProcess) -> AsyncIterator[grpc.aio.Channel]:
     """A channel to the shared gateway."""
     async with grpc.aio.insecure_channel(gateway.address) as channel:
         yield channel
+
+
+@pytest.fixture(scope="session")
+def sources(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of adapters for callers to name: `1` to `20`, of two ranks."""
+    folder = tmp_path_factory.mktemp("sources")
+    for number in range(1, 21):
+        rank = 16 if number % 2 else 8
+        write_tiny_adapter(folder / str(number), tiny_model, seed=number, rank=rank)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def scarce(sources: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[GatewayProcess]:
+    """A shared gateway with two workers, which begins without adapters and has room for four,
+    two of them in a batch. Each test has adapters of its own."""
+    flags = ["--max-loras", "2", "--max-cpu-loras", "4", "--adapter-source-allow", str(sources)]
+    with gateway_process(tmp_path_factory.mktemp("scarce"), workers=2, extra=flags) as process:
+        yield process

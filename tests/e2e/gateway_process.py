@@ -106,12 +106,15 @@ class GatewayProcess:
 def gateway_process(
     folder: Path,
     *,
+    model: str = "tiny",
     workers: int = 1,
     adapters: Mapping[str, Path] | None = None,
     extra: Sequence[str] = (),
 ) -> Iterator[GatewayProcess]:
-    """A gateway that serves the tiny model in float32, until the end of the block."""
-    arguments = ["--model", "tiny", "--dtype", "float32", "--max-model-len", "2048"]
+    """A gateway until the end of the block. The tiny model is served in float32, others as
+    they are."""
+    dtype = "float32" if model == "tiny" else "auto"
+    arguments = ["--model", model, "--dtype", dtype, "--max-model-len", "2048"]
     arguments += ["--workers", str(workers), *extra]
     for name, path in (adapters or {}).items():
         arguments += ["--adapter", f"{name}={path}"]

@@ -68,7 +68,7 @@ CASES = {
     ),
     "unknown version": Case(
         pb.GenerateRequest(text="hello", adapter="alpha", version=99),
-        *(NOT_FOUND, "VERSION_NOT_FOUND", "served here: 1"),
+        *(NOT_FOUND, "VERSION_NOT_FOUND", "READY here: 1"),
     ),
     "version without adapter": Case(
         pb.GenerateRequest(text="hello", version=1),

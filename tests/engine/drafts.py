@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
-import struct
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -13,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save
 from transformers import LlamaConfig
 from vllm.lora.lora_model import LoRAModel
 from vllm.lora.peft_helper import PEFTHelper
@@ -21,7 +18,42 @@ from vllm.lora.peft_helper import PEFTHelper
 from engine.adapters import AdapterFacts, check_adapter
 from engine.base_model import ModuleShapes, base_model_shapes
 from engine.errors import AdapterInvalid
-from store.artifacts import CONFIG_FILE, WEIGHTS_FILE
+from tests.corpus import draft
+from tests.corpus.draft import (
+    BOMB,
+    Q_PROJ,
+    RANK,
+    V_PROJ,
+    a,
+    b,
+    configure,
+    header,
+    lacks_field,
+)
+
+__all__ = [
+    "BOMB",
+    "EXPECTED_MODULES",
+    "LLAMA",
+    "MAX_LORA_RANK",
+    "Q_PROJ",
+    "RANK",
+    "SHAPES",
+    "V_PROJ",
+    "Draft",
+    "Spoil",
+    "a",
+    "b",
+    "base_shapes",
+    "check",
+    "configure",
+    "findings",
+    "good_config",
+    "good_tensors",
+    "header",
+    "lacks_field",
+    "load_as_vllm_does",
+]
 
 LLAMA = LlamaConfig(
     vocab_size=96,
@@ -32,10 +64,7 @@ LLAMA = LlamaConfig(
     num_key_value_heads=2,
     architectures=["LlamaForCausalLM"],
 )
-RANK = 8
 MAX_LORA_RANK = 16
-Q_PROJ = "model.layers.0.self_attn.q_proj"
-V_PROJ = "model.layers.1.self_attn.v_proj"
 SHAPES = {Q_PROJ: (32, 32), V_PROJ: (16, 32)}
 """Modules of the good adapter; the base model has more."""
 EXPECTED_MODULES = {
@@ -43,16 +72,6 @@ EXPECTED_MODULES = {
     *("embed_tokens", "lm_head"),
 }
 """What vLLM's Llama tells its loader."""
-BOMB = "(a+)+$"
-"""A regular expression that takes exponential time where nothing is done about it."""
-
-
-def a(module: str) -> str:
-    return f"base_model.model.{module}.lora_A.weight"
-
-
-def b(module: str) -> str:
-    return f"base_model.model.{module}.lora_B.weight"
 
 
 def good_config() -> dict[str, Any]:
@@ -74,22 +93,15 @@ def good_tensors() -> dict[str, torch.Tensor]:
 
 
 @dataclass
-class Draft:
-    """An adapter that can be spoiled before it is written."""
+class Draft(draft.Draft):
+    """An adapter for the tiny Llama that can be spoiled before it is written."""
 
     config: Any = field(default_factory=good_config)
     tensors: dict[str, torch.Tensor] = field(default_factory=good_tensors)
-    config_bytes: bytes | None = None
-    weights_bytes: bytes | None = None
-    without: str = ""
 
-    def write(self, folder: Path) -> None:
-        weights = save(self.tensors) if self.weights_bytes is None else self.weights_bytes
-        config = json.dumps(self.config).encode()
-        files = {CONFIG_FILE: self.config_bytes or config, WEIGHTS_FILE: weights}
-        for name, content in files.items():
-            if name != self.without:
-                (folder / name).write_bytes(content)
+
+Spoil = Callable[[Draft], object]
+"""Breaks an adapter in one way."""
 
 
 @functools.cache
@@ -124,19 +136,3 @@ def load_as_vllm_does(folder: Path) -> LoRAModel:
     for lora in model.loras.values():
         lora.optimize()
     return model
-
-
-Spoil = Callable[[Draft], object]
-"""Breaks an adapter in one way."""
-
-
-def configure(**changes: Any) -> Spoil:
-    return lambda draft: draft.config.update(changes)
-
-
-def lacks_field(name: str) -> Spoil:
-    return lambda draft: draft.config.pop(name)
-
-
-def header(content: bytes, data: bytes = b"") -> bytes:
-    return struct.pack("<Q", len(content)) + content + data

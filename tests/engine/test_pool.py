@@ -1,109 +1,157 @@
-"""A name and a version become a route, or an error that names what is served."""
+"""A name, a version and a session become a route, or an error that says what is there."""
 
 from __future__ import annotations
 
-import contextlib
-
 import pytest
 
-from engine.errors import AdapterNotFound, VersionNotFound
+from engine.errors import AdapterLoadFailed, AdapterNotFound, AdapterNotReady, VersionNotFound
 from engine.fake import FakeShard
-from engine.generation import GenerationRequest, ServedVersion
-from engine.pool import ServedAdapter, ServedView, ShardPool
+from engine.generation import ServedVersion, VersionKey
+from engine.pool import Route, ServedAdapter, ServedView, ShardPool
+from engine.residents import Residents
+from engine.split import Split
+from store.records import Arm
+
+ALPHA = {1: 50, 3: 50}
 
 
-def version(adapter: str, number: int) -> ServedVersion:
-    return ServedVersion("acme", adapter, number, number, f"/{adapter}/{number}", "digest")
+async def nothing_in_core(lora_int_id: int) -> int:
+    return 0
 
 
-def adapter(name: str, *numbers: int, default: int) -> ServedAdapter:
-    return ServedAdapter(default, {number: version(name, number) for number in numbers})
+def adapter(weights: dict[int, int], *ready: int) -> ServedAdapter:
+    arms = [Arm(version, weight) for version, weight in weights.items()]
+    return ServedAdapter(Split(arms), tuple(sorted({*weights, *ready})))
 
 
-VIEW = ServedView(
-    {"alpha": adapter("alpha", 1, 3, default=3), "beta": adapter("beta", 2, default=2)}
-)
+def view() -> ServedView:
+    view = ServedView()
+    view.show("acme", "alpha", adapter(ALPHA, 4))
+    view.show("acme", "beta", adapter({2: 1}))
+    view.show("acme", "resting", adapter({}, 7))
+    view.show("acme", "new", adapter({}))
+    view.show("other", "gamma", adapter({1: 1}))
+    return view
 
 
-def pool(view: ServedView = VIEW) -> ShardPool:
-    shards = ShardPool([FakeShard()])
-    shards.show(view)
-    return shards
+def pool(view: ServedView, residents: Residents | None = None) -> ShardPool:
+    residents = residents or Residents(lambda key: None, nothing_in_core)
+    return ShardPool([FakeShard()], {"shard-0": residents}, view)
+
+
+def route(adapter: str, version: int | None = None, session: str = "") -> Route:
+    return pool(view()).route("acme", adapter, version, session)
 
 
 def test_a_pool_needs_a_shard() -> None:
     with pytest.raises(ValueError, match="needs a shard"):
-        ShardPool([])
+        ShardPool([], {}, ServedView())
 
 
 def test_no_adapter_is_the_base_model() -> None:
-    assert pool().route("", None).version is None
+    assert route("").key is None
+    assert pool(ServedView()).route("acme", "", None, "").key is None
 
 
-def test_the_base_model_is_served_before_any_view_is_shown() -> None:
-    assert ShardPool([FakeShard()]).route("", None).version is None
+def test_the_split_decides_and_a_session_sticks_to_its_arm() -> None:
+    assert route("beta").key == ("acme", "beta", 2)
+    arms = {session: route("alpha", None, f"{session}").key for session in range(50)}
+    assert set(arms.values()) == {("acme", "alpha", 1), ("acme", "alpha", 3)}
+    assert arms == {session: route("alpha", None, f"{session}").key for session in range(50)}
 
 
-def test_an_adapter_without_a_version_is_its_default() -> None:
-    assert pool().route("alpha", None).version == version("alpha", 3)
+def test_a_session_is_placed_in_each_adapter_by_itself() -> None:
+    shown = view()
+    shown.show("acme", "alike", adapter(ALPHA))
+    sessions = [f"{number}" for number in range(100)]
+    one, other = (
+        [shown.resolve("acme", name, None, session) for session in sessions]
+        for name in ("alpha", "alike")
+    )
+    same = sum(a is not None and b is not None and a.version == b.version
+               for a, b in zip(one, other, strict=True))  # fmt: skip
+    assert 20 < same < 80
 
 
-def test_a_version_is_that_version() -> None:
-    assert pool().route("alpha", 1).version == version("alpha", 1)
+@pytest.mark.parametrize("version", [1, 3, 4])
+def test_a_version_that_is_ready_may_be_named_with_traffic_or_without(version: int) -> None:
+    assert route("alpha", version).key == VersionKey("acme", "alpha", version)
 
 
-def test_an_unknown_adapter_is_told_what_is_served() -> None:
+def test_an_unknown_adapter_is_told_what_is_there_in_its_own_tenant() -> None:
     with pytest.raises(AdapterNotFound) as caught:
-        pool().route("alpa", None)
+        route("alpa")
     assert not isinstance(caught.value, VersionNotFound)
     assert caught.value.adapter == "alpa"
-    assert str(caught.value) == "adapter 'alpa' is unknown; served here: alpha, beta"
+    assert str(caught.value) == (
+        "adapter 'alpa' is unknown; served here: alpha, beta, resting, new"
+    )
+    with pytest.raises(AdapterNotFound):
+        route("gamma")
 
 
-def test_where_no_adapter_is_served_the_error_says_none() -> None:
+def test_where_there_is_none_the_error_says_none() -> None:
     with pytest.raises(AdapterNotFound, match="served here: none"):
-        pool(ServedView()).route("alpha", None)
+        pool(ServedView()).route("acme", "alpha", None, "")
 
 
 def test_of_many_adapters_the_error_names_a_few() -> None:
-    names = [f"adapter-{number:04}" for number in range(5000)]
-    view = ServedView({name: adapter(name, 1, default=1) for name in names})
-    with pytest.raises(AdapterNotFound) as caught:
-        pool(view).route("alpha", None)
+    many = ServedView()
+    for number in range(5000):
+        many.show("acme", f"adapter-{number:04}", adapter({1: 1}))
+    with pytest.raises(AdapterNotFound, match="and 4990 more") as caught:
+        pool(many).route("acme", "alpha", None, "")
     assert len(str(caught.value)) < 1000
 
 
-@pytest.mark.parametrize("number", [0, 2, 4])
-def test_an_unknown_version_is_told_which_are_served(number: int) -> None:
+@pytest.mark.parametrize("version", [0, 2, 5])
+def test_a_version_that_is_not_ready_is_told_which_are(version: int) -> None:
     with pytest.raises(VersionNotFound) as caught:
-        pool().route("alpha", number)
-    assert (caught.value.adapter, caught.value.version) == ("alpha", number)
-    assert str(caught.value) == f"adapter 'alpha' has no version {number}; served here: 1, 3"
+        route("alpha", version)
+    assert (caught.value.adapter, caught.value.version) == ("alpha", version)
+    assert str(caught.value).endswith(f"has no READY version {version}; READY here: 1, 3, 4")
 
 
-def test_a_new_view_replaces_the_old_one_as_a_whole() -> None:
-    shards = pool()
-    shards.show(ServedView({"beta": adapter("beta", 2, 5, default=5)}))
-    assert shards.route("beta", None).version == version("beta", 5)
-    with pytest.raises(AdapterNotFound):
-        shards.route("alpha", None)
+def test_an_adapter_without_traffic_says_what_to_do() -> None:
+    with pytest.raises(AdapterNotReady, match=r"name one \(7\), or give one traffic"):
+        route("resting")
+    assert route("resting", 7).key == ("acme", "resting", 7)
+    with pytest.raises(AdapterNotReady, match="none is READY yet"):
+        route("new")
 
 
 def test_a_route_keeps_its_version_when_the_view_changes() -> None:
-    shards = pool()
-    route = shards.route("alpha", None)
-    shards.show(ServedView())
-    assert route.version == version("alpha", 3)
+    shown = view()
+    placed = pool(shown).route("acme", "beta", None, "")
+    shown.show("acme", "beta", adapter({5: 1}, 2))
+    assert placed.key == ("acme", "beta", 2)
+    assert pool(shown).route("acme", "beta", None, "").key == ("acme", "beta", 5)
+
+
+async def test_a_lease_holds_what_is_loaded_until_it_ends() -> None:
+    residents = Residents(lambda key: None, nothing_in_core)
+    loaded = ServedVersion("acme", "beta", 2, 9, "/beta", "digest")
+    residents.loaded(loaded)
+    placed = pool(view(), residents).route("acme", "beta", None, "")
+    async with placed.lease() as version:
+        assert version == loaded
+        assert residents.uses()[loaded.key].holds == 1
+    assert residents.uses()[loaded.key].holds == 0
+
+
+async def test_the_base_model_needs_no_lease() -> None:
+    async with route("").lease() as version:
+        assert version is None
+
+
+async def test_a_lease_of_what_cannot_be_loaded_raises() -> None:
+    residents = Residents(lambda key: residents.failed(key, "its files are gone"), nothing_in_core)
+    placed = pool(view(), residents).route("acme", "beta", None, "")
+    with pytest.raises(AdapterLoadFailed, match="its files are gone"):
+        async with placed.lease():
+            pass
 
 
 def test_vllm_sees_tenant_adapter_and_version_as_one_name() -> None:
-    assert version("alpha", 3).lora_name == "acme/alpha@3"
-
-
-async def test_a_route_generates_on_its_shard() -> None:
-    route = pool().route("alpha", None)
-    request = GenerationRequest("id", "one two", {"max_tokens": 2}, stream=False)
-    prompt = await route.shard.render(request.prompt)
-    async with contextlib.aclosing(route.generate(request, prompt)) as outputs:
-        texts = [delta.text async for output in outputs for delta in output.deltas]
-    assert texts == ["0 1 "]
+    version = ServedVersion("acme", "alpha", 3, 1, "/alpha", "digest")
+    assert version.lora_name == "acme/alpha@3"

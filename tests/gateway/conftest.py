@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -10,16 +10,22 @@ import grpc
 import pytest_asyncio
 
 from engine.fake import FakeShard, Script
-from engine.generation import ServedVersion
+from engine.generation import ServedVersion, VersionKey
 from engine.pool import ServedAdapter, ServedView, ShardPool
+from engine.residents import Residents
+from engine.split import Split
+from gateway import metrics
 from gateway.admission import Admission
+from gateway.call import Call
 from gateway.inference import Inference
-from gateway.server import GatewayServer
+from gateway.relay import Relay
+from gateway.server import HOST_SERVICES, GatewayServer
 from gateway.settings import Settings
 from gateway.tracing import Tracing
 from gateway.wrap import Edge
 from lora_gateway.v1 import inference_pb2 as pb
 from lora_gateway.v1.inference_pb2_grpc import InferenceStub
+from store.records import Arm
 
 if TYPE_CHECKING:
     from lora_gateway.v1.inference_pb2_grpc import InferenceAsyncStub
@@ -32,16 +38,33 @@ MODEL = pb.Model(
 )
 
 
+ALPHA = ServedVersion("default", "alpha", 3, 1, "/nowhere", "digest")
+"""The version that a fake gateway serves, and has loaded."""
+
+
 @dataclass
 class FakeGateway:
     """An edge on a port of its own, and what a test wants to look at."""
 
     shard: FakeShard
+    residents: Residents
+    view: ServedView
+    wanted: list[VersionKey]
+    """What the host was asked to load."""
     admission: Admission
     server: GatewayServer
+    relay: Relay | None
     channel: grpc.aio.Channel
     stub: InferenceAsyncStub
     address: str
+
+    async def close(self) -> None:
+        """End everything, without a grace."""
+        await self.channel.close()
+        await self.server.stop(0)
+        if self.relay is not None:
+            await self.relay.close()
+        await self.residents.close()
 
 
 async def start_fake_gateway(
@@ -52,26 +75,39 @@ async def start_fake_gateway(
     stream_deadline_s: float = 300.0,
     settings: Settings | None = None,
     tracing: Tracing | None = None,
+    host: str | None = None,
+    ended: Callable[[Call, str, float], None] = metrics.record,
 ) -> FakeGateway:
     """An edge that serves the base model and adapter `alpha` version 3.
 
-    The caller closes `tracing`.
+    With `host`, an address as gRPC names it, it relays what the host answers. The caller closes
+    `tracing`.
     """
     settings = settings or Settings()
     shard = FakeShard(script=script)
-    pool = ShardPool([shard])
-    alpha = ServedVersion("default", "alpha", 3, 1, "/nowhere", "digest")
-    pool.show(ServedView({"alpha": ServedAdapter(3, {3: alpha})}))
+    view = ServedView()
+    view.show(ALPHA.tenant, ALPHA.adapter, ServedAdapter(Split([Arm(3, 1)]), (3,)))
+    wanted: list[VersionKey] = []
+    residents = Residents(wanted.append, _nothing_in_core)
+    residents.loaded(ALPHA)
+    pool = ShardPool([shard], {shard.name: residents}, view)
     admission = Admission(limit)
-    edge = Edge(admission, tracing or Tracing(None), unary_deadline_s, stream_deadline_s)
-    server = GatewayServer(edge, Inference(pool, admission, MODEL), settings)
+    edge = Edge(admission, tracing or Tracing(None), unary_deadline_s, stream_deadline_s, ended)
+    relay = None if host is None else Relay(host, HOST_SERVICES, edge)
+    server = GatewayServer(edge, Inference(pool, admission, MODEL), settings, relay)
     port = server.bind("127.0.0.1:0", settings)
     await server.start()
     await server.health.serving()
-    channel = grpc.aio.insecure_channel(f"127.0.0.1:{port}")
+    address = f"127.0.0.1:{port}"
+    channel = grpc.aio.insecure_channel(address)
+    stub = InferenceStub(channel)
     return FakeGateway(
-        shard, admission, server, channel, InferenceStub(channel), f"127.0.0.1:{port}"
+        *(shard, residents, view, wanted, admission, server, relay, channel, stub, address)
     )
+
+
+async def _nothing_in_core(lora_int_id: int) -> int:
+    return 0
 
 
 @pytest_asyncio.fixture
@@ -79,5 +115,4 @@ async def fake() -> AsyncIterator[FakeGateway]:
     """A fake gateway that makes a token every 10 ms."""
     gateway = await start_fake_gateway(Script(token_interval_s=0.01))
     yield gateway
-    await gateway.channel.close()
-    await gateway.server.stop(0)
+    await gateway.close()

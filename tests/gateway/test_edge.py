@@ -14,9 +14,13 @@ from grpc_health.v1.health_pb2_grpc import HealthStub
 from grpc_reflection.v1alpha import reflection_pb2
 
 from engine.fake import Script
+from engine.generation import ServedVersion
+from engine.pool import ServedAdapter
+from engine.split import Split
 from gateway.admission import Draining
 from gateway.call import Call
 from lora_gateway.v1 import inference_pb2 as pb
+from store.records import Arm
 from tests.details import bad_fields, detail, error_info
 from tests.gateway.conftest import FakeGateway, start_fake_gateway
 
@@ -30,6 +34,11 @@ def request(max_tokens: int = 4, adapter: str = "") -> pb.GenerateRequest:
         adapter=adapter,
         sampling=pb.SamplingParams(max_tokens=max_tokens, temperature=0),
     )
+
+
+async def answer_of(gateway: FakeGateway, adapter: str) -> pb.GenerateResponse:
+    """The answer to a request that must end well."""
+    return await gateway.stub.Generate(request(adapter=adapter))
 
 
 def reason(error: grpc.aio.AioRpcError) -> str:
@@ -94,6 +103,69 @@ async def test_unknown_adapter_names_the_served_ones(fake: FakeGateway) -> None:
     assert "served here: alpha" in (caught.value.details() or "")
 
 
+async def test_a_version_that_is_not_loaded_is_asked_for_once_and_waited_for(
+    fake: FakeGateway,
+) -> None:
+    fake.view.show("default", "beta", ServedAdapter(Split([Arm(1, 1)]), (1,)))
+    beta = ServedVersion("default", "beta", 1, 2, "/nowhere", "digest")
+    calls = [asyncio.create_task(answer_of(fake, "beta")) for _ in range(3)]
+    async with asyncio.timeout(5):
+        while fake.admission.generating < len(calls) or not fake.wanted:
+            await asyncio.sleep(0.01)
+    assert not any(call.done() for call in calls)
+    fake.residents.loaded(beta)
+    assert {answer.served_by.version for answer in await asyncio.gather(*calls)} == {1}
+    assert fake.wanted == [beta.key]
+
+
+async def test_a_version_that_cannot_be_loaded_fails_its_own_callers_alone(
+    fake: FakeGateway,
+) -> None:
+    fake.view.show("default", "beta", ServedAdapter(Split([Arm(1, 1)]), (1,)))
+    waiting = asyncio.create_task(answer_of(fake, "beta"))
+    async with asyncio.timeout(5):
+        while not fake.wanted:
+            await asyncio.sleep(0.01)
+    fake.residents.failed(fake.wanted[0], "its stored files are gone")
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await waiting
+    assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
+    assert reason(caught.value) == "ADAPTER_LOAD_FAILED"
+    assert "its stored files are gone" in (caught.value.details() or "")
+    assert (await answer_of(fake, "alpha")).served_by.version == 3
+
+
+async def test_an_adapter_without_traffic_answers_only_by_version(fake: FakeGateway) -> None:
+    fake.view.show("default", "alpha", ServedAdapter(Split([]), (3,)))
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await fake.stub.Generate(request(adapter="alpha"))
+    assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
+    assert reason(caught.value) == "ADAPTER_NOT_READY"
+    named = request(adapter="alpha")
+    named.version = 3
+    assert (await fake.stub.Generate(named)).served_by.version == 3
+
+
+async def test_every_call_that_ended_is_told_with_its_version_and_code() -> None:
+    ended: list[tuple[str, str, int, str]] = []
+
+    def note(call: Call, code: str, end_s: float) -> None:
+        assert call.started_s <= end_s <= time.monotonic()
+        ended.append((call.method, call.adapter or "", call.version, code))
+
+    gateway = await start_fake_gateway(Script(), ended=note)
+    await gateway.stub.Generate(request(adapter="alpha"))
+    await gateway.stub.Generate(request())
+    with pytest.raises(grpc.aio.AioRpcError):
+        await gateway.stub.Generate(request(adapter="nosuch"))
+    await gateway.close()
+    assert ended == [
+        ("Generate", "alpha", 3, "OK"),
+        ("Generate", "(base)", 0, "OK"),
+        ("Generate", "", 0, "NOT_FOUND"),
+    ]
+
+
 async def test_cancel_aborts_the_engine_request(fake: FakeGateway) -> None:
     call = fake.stub.GenerateStream(request(max_tokens=10_000))
     await call.read()
@@ -128,8 +200,7 @@ async def test_default_deadline_ends_a_call_without_one() -> None:
             pass
     assert reason(caught.value) == "DEADLINE_EXCEEDED"
     assert not gateway.shard.running
-    await gateway.channel.close()
-    await gateway.server.stop(0)
+    await gateway.close()
 
 
 async def test_too_many_requests_are_refused_with_retry_info() -> None:
@@ -142,8 +213,7 @@ async def test_too_many_requests_are_refused_with_retry_info() -> None:
     assert reason(caught.value) == "OVERLOADED"
     detail(caught.value, error_details_pb2.RetryInfo)
     running.cancel()
-    await gateway.channel.close()
-    await gateway.server.stop(0)
+    await gateway.close()
 
 
 async def test_a_dead_shard_is_unavailable_and_tells_tokens_emitted() -> None:
@@ -154,8 +224,7 @@ async def test_a_dead_shard_is_unavailable_and_tells_tokens_emitted() -> None:
     assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
     info = error_info(caught.value)
     assert info.reason == "SHARD_UNAVAILABLE" and info.metadata["tokens_emitted"] == "3"
-    await gateway.channel.close()
-    await gateway.server.stop(0)
+    await gateway.close()
 
 
 async def test_an_inner_bug_is_internal_with_a_fixed_text(
@@ -276,4 +345,4 @@ async def test_reflection_answers_under_both_names(fake: FakeGateway, version: s
     )(iter([reflection_pb2.ServerReflectionRequest(list_services="")]))
     answer = await call.read()
     names = {service.name for service in answer.list_services_response.service}
-    assert "lora_gateway.v1.Inference" in names
+    assert {"lora_gateway.v1.Inference", "lora_gateway.v1.Adapters"} <= names

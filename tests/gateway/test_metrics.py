@@ -71,7 +71,9 @@ def work() -> None:
 def show() -> None:
     """A host: the page, before and after it forgets the workers of its arguments."""
     metrics.workers.labels("serving").set(2)
-    metrics.adapter_state.labels("alpha", "3", "READY").set(1)
+    metrics.observe_resident("shard-0", 3)
+    metrics.observe_load("shard-0", 0.2, True)
+    metrics.observe_load("shard-0", 0.3, False)
     endpoint = MetricsEndpoint("127.0.0.1:0")
     pages = [page(endpoint)]
     for pid in sys.argv[1:]:
@@ -212,7 +214,11 @@ def test_a_process_that_is_forgotten_loses_its_gauges_and_keeps_its_counters(
 def test_what_the_host_knows_stays(pages: list[Series]) -> None:
     for shown in pages[:3]:
         assert shown["gateway_workers{state=serving}"] == 2
-        assert shown["adapter_state{adapter=alpha,state=READY,version=3}"] == 1
+        assert shown["adapters_resident{shard=shard-0}"] == 3
+        for result, seconds in (("ok", 0.2), ("failed", 0.3)):
+            labels = f"{{result={result},shard=shard-0}}"
+            assert shown[f"adapter_load_seconds_count{labels}"] == 1
+            assert shown[f"adapter_load_seconds_sum{labels}"] == pytest.approx(seconds)
 
 
 def test_a_taken_address_is_an_error_and_closing_ends_the_page(pages: list[str]) -> None:

@@ -65,8 +65,7 @@ async def tls(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[T
     )
     gateway = await start_fake_gateway(Script(), settings=settings)
     yield TlsGateway(gateway, authority)
-    await gateway.channel.close()
-    await gateway.server.stop(0)
+    await gateway.close()
 
 
 async def test_a_client_that_trusts_the_authority_is_served(
@@ -113,5 +112,4 @@ async def test_reflection_can_be_switched_off() -> None:
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await call(iter([b""])).read()
     assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
-    await gateway.channel.close()
-    await gateway.server.stop(0)
+    await gateway.close()

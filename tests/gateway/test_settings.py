@@ -45,6 +45,7 @@ def test_without_flags_and_environment_there_are_the_documented_defaults() -> No
     assert (settings.model, settings.dtype, settings.quantization) == ("smollm2-135m", "auto", None)
     assert (settings.listen, settings.metrics_listen) == ("127.0.0.1:50051", "127.0.0.1:9464")
     assert (settings.state_dir, settings.adapter) == (Path("state"), {})
+    assert settings.adapter_source_allow == []
     assert (settings.max_model_len, settings.max_num_seqs) == (2048, 256)
     assert settings.gpu_memory_utilization == 0.9
     assert (settings.max_loras, settings.max_cpu_loras, settings.max_lora_rank) == (8, 64, "32")
@@ -69,6 +70,7 @@ def test_without_flags_and_environment_there_are_the_documented_defaults() -> No
         ("default_unary_deadline_s", "1.5", 1.5),
         ("otlp_endpoint", "http://127.0.0.1:4317", "http://127.0.0.1:4317"),
         ("adapter", "a=/x,b=/y", {"a": Path("/x"), "b": Path("/y")}),
+        ("adapter_source_allow", "/x,s3://b/y", ["/x", "s3://b/y"]),
     ],
 )
 def test_a_flag_and_its_variable_mean_the_same(
@@ -202,6 +204,19 @@ def test_a_bad_adapter_name_is_told_the_pattern(name: str) -> None:
 @pytest.mark.parametrize("name", ["a", "0", "a.b_c-d", "a" * 63])
 def test_a_good_adapter_name_is_taken(name: str) -> None:
     assert Settings.from_argv(["--adapter", f"{name}=/x"]).adapter == {name: Path("/x")}
+
+
+def test_places_of_sources_are_repeated_or_joined_by_commas() -> None:
+    flag = FLAGS["adapter_source_allow"]
+    for argv in ([flag, "/x", flag, "https://h/y"], [flag, "/x,https://h/y,"]):
+        assert Settings.from_argv(argv).adapter_source_allow == ["/x", "https://h/y"]
+
+
+@pytest.mark.parametrize("place", ["adapters", "nosuch://host/x", "https://u:p@host/x", "/a/../b"])
+def test_a_place_that_no_source_can_be_below_is_refused(place: str) -> None:
+    line = refusal(FLAGS["adapter_source_allow"], place)
+    assert line.startswith("--adapter-source-allow: the allowed source ")
+    assert "u:p" not in line
 
 
 # --- addresses ---------------------------------------------------------------

@@ -55,8 +55,7 @@ async def traced_gateway(collector: Collector) -> AsyncIterator[FakeGateway]:
     try:
         yield gateway
     finally:
-        await gateway.channel.close()
-        await gateway.server.stop(0)
+        await gateway.close()
         await asyncio.to_thread(tracing.close)
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
-import stat
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,38 +16,20 @@ from store.artifacts import (
     MAX_CONFIG_BYTES,
     MAX_WEIGHTS_BYTES,
     WEIGHTS_FILE,
-    Artifact,
-    ArtifactDamaged,
     ArtifactStore,
     SourceUnusable,
 )
+from tests.store.stored_adapter import keep, mode, staging, write_source
 
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    folder = tmp_path / "source"
-    folder.mkdir()
-    (folder / CONFIG_FILE).write_text('{"r": 8}')
-    (folder / WEIGHTS_FILE).write_bytes(b"weights" * 1000)
-    return folder
+    return write_source(tmp_path / "source")
 
 
 @pytest.fixture
 def store(tmp_path: Path) -> ArtifactStore:
     return ArtifactStore(tmp_path / "root")
-
-
-def keep(store: ArtifactStore, source: Path) -> Artifact:
-    with store.stage(source) as staged:
-        return staged.commit()
-
-
-def mode(path: Path) -> int:
-    return stat.S_IMODE(path.stat().st_mode)
-
-
-def staging(tmp_path: Path) -> list[Path]:
-    return list((tmp_path / "root" / "staging").iterdir())
 
 
 def test_an_artifact_holds_the_two_files_and_nothing_else(
@@ -59,6 +41,7 @@ def test_an_artifact_holds_the_two_files_and_nothing_else(
     assert sorted(path.name for path in artifact.path.iterdir()) == [CONFIG_FILE, WEIGHTS_FILE]
     assert (artifact.path / WEIGHTS_FILE).read_bytes() == b"weights" * 1000
     assert artifact.size_bytes == 8 + 7000
+    assert artifact.weights_sha256 == hashlib.sha256(b"weights" * 1000).hexdigest()
 
 
 def test_an_artifact_lies_under_its_digest_and_is_read_only(
@@ -173,7 +156,7 @@ def test_everything_is_on_disk_before_the_artifact_appears(
     store: ArtifactStore, source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     order: list[str] = []
-    fsync, rename = artifacts._fsync, Path.rename
+    fsync, rename = artifacts.sync_path, Path.rename
 
     def record_fsync(path: Path) -> None:
         order.append(f"fsync {path.name}")
@@ -183,7 +166,7 @@ def test_everything_is_on_disk_before_the_artifact_appears(
         order.append("rename")
         return rename(path, target)
 
-    monkeypatch.setattr(artifacts, "_fsync", record_fsync)
+    monkeypatch.setattr(artifacts, "sync_path", record_fsync)
     monkeypatch.setattr(Path, "rename", record_rename)
     with store.stage(source) as staged:
         copy = staged.path.name
@@ -300,40 +283,3 @@ def test_a_full_disk_leaves_nothing_behind(
     with pytest.raises(OSError, match="No space left"):
         store.stage(source)
     assert staging(tmp_path) == []
-
-
-# --- what was kept and is no longer what it was
-
-
-def test_verifying_hashes_what_is_kept(store: ArtifactStore, source: Path) -> None:
-    artifact = keep(store, source)
-    assert store.verify(artifact.digest) == artifact
-    (artifact.path / WEIGHTS_FILE).chmod(0o644)
-    (artifact.path / WEIGHTS_FILE).write_bytes(b"WEIGHTS" * 1000)
-    with pytest.raises(ArtifactDamaged, match="were changed after they were stored"):
-        store.verify(artifact.digest)
-    with pytest.raises(ArtifactDamaged), store.stage(source) as staged:
-        staged.commit()
-
-
-def test_files_that_are_gone_are_missed(store: ArtifactStore, source: Path) -> None:
-    artifact = keep(store, source)
-    artifact.path.chmod(0o755)
-    (artifact.path / CONFIG_FILE).unlink()
-    with pytest.raises(ArtifactDamaged, match="cannot be read"):
-        store.verify(artifact.digest)
-    with pytest.raises(ArtifactDamaged, match="cannot be read"):
-        store.verify("0" * 64)
-
-
-@pytest.mark.parametrize("digest", ["", "..", "A" * 64, "0" * 63])
-def test_only_a_digest_is_looked_up(store: ArtifactStore, digest: str) -> None:
-    with pytest.raises(ValueError, match="not a digest"):
-        store.verify(digest)
-
-
-def test_a_seal_that_a_crash_prevented_is_put_on_later(store: ArtifactStore, source: Path) -> None:
-    artifact = keep(store, source)
-    artifact.path.chmod(0o700)
-    keep(store, source)
-    assert mode(artifact.path) == 0o555

@@ -1,11 +1,13 @@
 """Typed asyncio client of lora-gateway, which serves LoRA adapters on vLLM over gRPC.
 
 Messages are the protobuf messages of `lora_gateway.v1`, re-exported; this package adds the
-client, its stream and its errors.
+client, its streams and its errors.
 """
 
+from lora_gateway.adapters import AdaptersClient
 from lora_gateway.client import GatewayClient
 from lora_gateway.errors import (
+    Conflict,
     DeadlineExceeded,
     FailedPrecondition,
     GatewayError,
@@ -14,14 +16,44 @@ from lora_gateway.errors import (
     InvalidRequest,
     NotFound,
     Overloaded,
+    PermissionDenied,
     Unavailable,
     Violation,
 )
+from lora_gateway.evaluation import Evaluation, EvaluationEvent
 from lora_gateway.prompt import ChatTurn, Prompt
 from lora_gateway.sampling import SamplingKeywords
 from lora_gateway.stream import GenerationEvent, GenerationStream
+from lora_gateway.upload import UploadProgress
+from lora_gateway.v1.adapters_pb2 import (
+    Adapter,
+    AdapterEvent,
+    AdapterFacts,
+    AdapterVersion,
+    ArmDifference,
+    ArmReport,
+    CompareVersionsResponse,
+    EvaluationExample,
+    EvaluationProgress,
+    EvaluationResult,
+    EvaluationSummary,
+    EventKind,
+    FeedbackReport,
+    Quantiles,
+    RecordFeedbackResponse,
+    Residency,
+    Score,
+    ScoreDifference,
+    Scorer,
+    TrafficGuard,
+    TrafficSplit,
+    ValidateAdapterResponse,
+    VersionScore,
+    VersionState,
+)
 from lora_gateway.v1.errors_pb2 import ErrorReason
 from lora_gateway.v1.inference_pb2 import (
+    Chat,
     ChatMessage,
     Choice,
     Completion,
@@ -46,16 +78,36 @@ from lora_gateway.v1.inference_pb2 import (
     TokenLogprob,
     Usage,
 )
+from lora_gateway.watch import AdapterWatch
 
 __all__ = [
+    "Adapter",
+    "AdapterEvent",
+    "AdapterFacts",
+    "AdapterVersion",
+    "AdapterWatch",
+    "AdaptersClient",
+    "ArmDifference",
+    "ArmReport",
+    "Chat",
     "ChatMessage",
     "ChatTurn",
     "Choice",
+    "CompareVersionsResponse",
     "Completion",
     "CompletionEnd",
+    "Conflict",
     "DeadlineExceeded",
     "ErrorReason",
+    "Evaluation",
+    "EvaluationEvent",
+    "EvaluationExample",
+    "EvaluationProgress",
+    "EvaluationResult",
+    "EvaluationSummary",
+    "EventKind",
     "FailedPrecondition",
+    "FeedbackReport",
     "FinishReason",
     "GatewayClient",
     "GatewayError",
@@ -75,17 +127,30 @@ __all__ = [
     "ModelLimits",
     "NotFound",
     "Overloaded",
+    "PermissionDenied",
     "PositionLogprobs",
     "Prompt",
+    "Quantiles",
+    "RecordFeedbackResponse",
     "RepetitionDetection",
+    "Residency",
     "SamplingKeywords",
     "SamplingParams",
+    "Score",
+    "ScoreDifference",
+    "Scorer",
     "ServedBy",
     "StructuredOutputs",
     "Timings",
     "TokenLogprob",
     "TokenizeResponse",
+    "TrafficGuard",
+    "TrafficSplit",
     "Unavailable",
+    "UploadProgress",
     "Usage",
+    "ValidateAdapterResponse",
+    "VersionScore",
+    "VersionState",
     "Violation",
 ]

@@ -12,13 +12,34 @@ import grpc.aio
 # its first message, which the server holds back until there is a token, and
 # generation leaves no trace. UNAVAILABLE alone, because an overloaded server
 # needs fewer calls and not more. gRPC adds jitter to the backoff.
-_RETRIED_METHODS = ("Generate", "GenerateStream", "Tokenize", "GetModel")
+#
+# Creating is safe because the client gives every request an id. Moving traffic is not:
+# done twice it would leave one split more to roll back to, or none.
+_RETRIED_METHODS = {
+    "Inference": ("Generate", "GenerateStream", "Tokenize", "GetModel"),
+    "Adapters": (
+        "ValidateAdapter",
+        "CreateAdapterVersion",
+        "QueryUpload",
+        "GetAdapter",
+        "ListAdapters",
+        "GetAdapterVersion",
+        "ListAdapterVersions",
+        "DeleteAdapterVersion",
+        "CompareVersions",
+        "RecordFeedback",
+        "LoadAdapterVersion",
+        "UnloadAdapterVersion",
+        "WatchAdapters",
+    ),
+}
 _SERVICE_CONFIG = {
     "methodConfig": [
         {
             "name": [
-                {"service": "lora_gateway.v1.Inference", "method": method}
-                for method in _RETRIED_METHODS
+                {"service": f"lora_gateway.v1.{service}", "method": method}
+                for service, methods in _RETRIED_METHODS.items()
+                for method in methods
             ],
             "retryPolicy": {
                 "maxAttempts": 4,

@@ -1,17 +1,18 @@
-"""The asyncio client of the gateway's `Inference` service."""
+"""The asyncio client of a gateway: its `Inference` service, and the way to its adapters."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, TypeAlias, TypeVar
+from typing import TYPE_CHECKING
 
 import grpc
 import grpc.aio
 
+from lora_gateway._calls import Calls, Metadata
 from lora_gateway._channel import open_channel
-from lora_gateway.errors import GatewayError
+from lora_gateway.adapters import AdaptersClient
 from lora_gateway.prompt import ChatTurn, Prompt, chat, prompt_field
 from lora_gateway.sampling import SamplingKeywords, sampling_params
 from lora_gateway.stream import GenerationStream
@@ -31,17 +32,14 @@ if TYPE_CHECKING:
 
     from lora_gateway.v1.inference_pb2_grpc import InferenceAsyncStub
 
-_Request = TypeVar("_Request")
-_Response = TypeVar("_Response")
-
-Metadata: TypeAlias = Mapping[str, str | bytes]
-"""Metadata of a call; keys in lower case, those of bytes end in `-bin`."""
-
 DEFAULT_TIMEOUT_S = 30.0
 """As the server's own default for unary calls."""
 
 DEFAULT_STREAM_TIMEOUT_S = 300.0
-"""As the server's own default for streams."""
+"""As the server's own default for streams. Also for calls that wait until work is done."""
+
+DEFAULT_JOB_TIMEOUT_S = 3600.0
+"""For uploads and evaluations, which take as long as their data."""
 
 
 class GatewayClient:
@@ -52,8 +50,8 @@ class GatewayClient:
             print(answer.completions[0].text)
 
     Keep one and share it: calls run side by side on its connection. Calls that fail with
-    UNAVAILABLE before their first token are tried again, four times in all. Every call has a
-    timeout. Every failure is a `GatewayError`.
+    UNAVAILABLE before their first token are tried again, four times in all. Every call but a
+    watch has a timeout. Every failure is a `GatewayError`.
     """
 
     def __init__(
@@ -63,6 +61,7 @@ class GatewayClient:
         tls: grpc.ChannelCredentials | None = None,
         default_timeout_s: float = DEFAULT_TIMEOUT_S,
         default_stream_timeout_s: float = DEFAULT_STREAM_TIMEOUT_S,
+        default_job_timeout_s: float = DEFAULT_JOB_TIMEOUT_S,
         metadata: Metadata | None = None,
     ) -> None:
         """Make a client; it connects with its first call.
@@ -71,7 +70,9 @@ class GatewayClient:
             target: `HOST:PORT`, or any other name that gRPC resolves.
             tls: from `grpc.ssl_channel_credentials`. None: plain text.
             default_timeout_s: for unary calls without a timeout of their own.
-            default_stream_timeout_s: for streams without one, from request to last token.
+            default_stream_timeout_s: for streams without one, from request to last token, and
+                for calls that wait until work is done, such as loading an adapter.
+            default_job_timeout_s: for uploads and evaluations without one.
             metadata: goes with every call.
 
         Raises:
@@ -80,9 +81,14 @@ class GatewayClient:
         asyncio.get_running_loop()
         self._channel = open_channel(target, tls)
         self._stub: InferenceAsyncStub = InferenceStub(self._channel)
-        self._default_timeout_s = default_timeout_s
-        self._default_stream_timeout_s = default_stream_timeout_s
-        self._metadata = dict(metadata or {})
+        self._calls = Calls(
+            default_timeout_s,
+            default_stream_timeout_s,
+            default_job_timeout_s,
+            dict(metadata or {}),
+        )
+        self.adapters = AdaptersClient(self._channel, self._calls)
+        """Everything about adapters, on the same connection."""
 
     async def generate(
         self,
@@ -122,7 +128,7 @@ class GatewayClient:
             return_token_ids=return_token_ids,
             session_id=session_id,
         )
-        return await self._call(self._stub.Generate, request, timeout_s, metadata)
+        return await self._calls.unary(self._stub.Generate, request, timeout_s, metadata)
 
     def stream(
         self,
@@ -160,8 +166,8 @@ class GatewayClient:
         return GenerationStream(
             self._stub.GenerateStream(
                 request,
-                timeout=self._default_stream_timeout_s if timeout_s is None else timeout_s,
-                metadata=self._merged(metadata),
+                timeout=self._calls.stream_timeout_s if timeout_s is None else timeout_s,
+                metadata=self._calls.merged(metadata),
             )
         )
 
@@ -190,7 +196,7 @@ class GatewayClient:
             request.text = prompt
         else:
             request.chat.CopyFrom(chat(prompt))
-        return await self._call(self._stub.Tokenize, request, timeout_s, metadata)
+        return await self._calls.unary(self._stub.Tokenize, request, timeout_s, metadata)
 
     async def get_model(
         self, *, timeout_s: float | None = None, metadata: Metadata | None = None
@@ -200,7 +206,9 @@ class GatewayClient:
         Raises:
             GatewayError: the call failed.
         """
-        response = await self._call(self._stub.GetModel, GetModelRequest(), timeout_s, metadata)
+        response = await self._calls.unary(
+            self._stub.GetModel, GetModelRequest(), timeout_s, metadata
+        )
         return response.model
 
     async def close(self) -> None:
@@ -217,22 +225,3 @@ class GatewayClient:
         traceback: TracebackType | None,
     ) -> None:
         await self.close()
-
-    async def _call(
-        self,
-        method: grpc.aio.UnaryUnaryMultiCallable[_Request, _Response],
-        request: _Request,
-        timeout_s: float | None,
-        metadata: Metadata | None,
-    ) -> _Response:
-        try:
-            return await method(
-                request,
-                timeout=self._default_timeout_s if timeout_s is None else timeout_s,
-                metadata=self._merged(metadata),
-            )
-        except grpc.aio.AioRpcError as error:
-            raise GatewayError.from_rpc_error(error) from error
-
-    def _merged(self, metadata: Metadata | None) -> tuple[tuple[str, str | bytes], ...]:
-        return tuple({**self._metadata, **(metadata or {})}.items())

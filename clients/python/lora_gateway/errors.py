@@ -4,6 +4,8 @@
     ├── InvalidRequest           INVALID_ARGUMENT    fix the request; `violations` names the fields
     ├── NotFound                 NOT_FOUND           no such adapter, or not in that version
     ├── FailedPrecondition       FAILED_PRECONDITION what is served cannot do this
+    ├── Conflict                 ABORTED             it changed meanwhile; read again, decide again
+    ├── PermissionDenied         PERMISSION_DENIED   the gateway may not read there; upload it
     ├── Overloaded               RESOURCE_EXHAUSTED  come back after `retry_delay_s`
     ├── Unavailable              UNAVAILABLE         nobody answered, or the server had to stop
     ├── DeadlineExceeded         DEADLINE_EXCEEDED   the timeout ended; nothing runs on
@@ -112,6 +114,14 @@ class FailedPrecondition(GatewayError):
     """The request is right, but not for what is served: chat without a chat template, say."""
 
 
+class Conflict(GatewayError):
+    """The adapter changed since its etag was read. Catch it to read again and decide again."""
+
+
+class PermissionDenied(GatewayError):
+    """The gateway may not read an adapter there. Catch it to upload the adapter instead."""
+
+
 class Overloaded(GatewayError):
     """The gateway takes no more for now. Catch it to come back after `retry_delay_s`."""
 
@@ -133,17 +143,21 @@ class Internal(GatewayError):
 
 
 class IncompleteStream(GatewayError):
-    """A stream closed with status OK but without `finished`.
+    """A stream closed with status OK but without what ends it: `finished` or `summary`.
 
-    Something between server and client cut it. Tokens that came before are valid. Its code is
+    Something between server and client cut it. What came before is valid. Its code is
     DATA_LOSS, since the one that was sent would claim success.
     """
 
+
+_STORAGE_FULL = "STORAGE_FULL"
 
 _CLASS_BY_CODE: Mapping[grpc.StatusCode, type[GatewayError]] = {
     grpc.StatusCode.INVALID_ARGUMENT: InvalidRequest,
     grpc.StatusCode.NOT_FOUND: NotFound,
     grpc.StatusCode.FAILED_PRECONDITION: FailedPrecondition,
+    grpc.StatusCode.ABORTED: Conflict,
+    grpc.StatusCode.PERMISSION_DENIED: PermissionDenied,
     grpc.StatusCode.RESOURCE_EXHAUSTED: Overloaded,
     grpc.StatusCode.UNAVAILABLE: Unavailable,
     grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineExceeded,
@@ -155,9 +169,9 @@ _CLASS_BY_CODE: Mapping[grpc.StatusCode, type[GatewayError]] = {
 
 def _class_for(code: grpc.StatusCode, details: _status.StatusDetails) -> type[GatewayError]:
     # gRPC itself answers RESOURCE_EXHAUSTED to a message over the size limit. That is no
-    # overload: the same message will not fit later either.
-    said_so = details.reason or details.retry_delay_s is not None
-    if code is grpc.StatusCode.RESOURCE_EXHAUSTED and not said_so:
+    # overload: the same message will not fit later either. Nor does a full disk pass by itself.
+    passes = details.retry_delay_s is not None or details.reason not in ("", _STORAGE_FULL)
+    if code is grpc.StatusCode.RESOURCE_EXHAUSTED and not passes:
         return GatewayError
     return _CLASS_BY_CODE.get(code, GatewayError)
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator
-from types import TracebackType
 from typing import TYPE_CHECKING, TypeAlias
 
-import grpc.aio
+import grpc
 
-from lora_gateway.errors import GatewayError, IncompleteStream
+from lora_gateway._server_stream import ServerStream
+from lora_gateway.errors import IncompleteStream
 from lora_gateway.v1.inference_pb2 import (
     GenerateRequest,
     GenerateStreamResponse,
@@ -18,13 +18,15 @@ from lora_gateway.v1.inference_pb2 import (
 )
 
 if TYPE_CHECKING:
+    import grpc.aio
+
     _Call: TypeAlias = grpc.aio.UnaryStreamCall[GenerateRequest, GenerateStreamResponse]
 
 GenerationEvent: TypeAlias = GenerationStarted | GenerationDelta | GenerationFinished
 """One event of a stream: `started` once, any number of deltas, `finished` once."""
 
 
-class GenerationStream:
+class GenerationStream(ServerStream[GenerateRequest, GenerateStreamResponse]):
     """Events of one `GenerateStream` call, in order, for one task to read.
 
         async with client.stream("Once upon a time") as stream:
@@ -38,8 +40,7 @@ class GenerationStream:
     """
 
     def __init__(self, call: _Call) -> None:
-        self._call = call
-        self._closed = False
+        super().__init__(call)
         self._started: GenerationStarted | None = None
         self._finished: GenerationFinished | None = None
 
@@ -76,11 +77,8 @@ class GenerationStream:
             IncompleteStream: the call ended in order, but without `finished`.
         """
         while not self._closed:
-            try:
-                response = await self._call.read()
-            except grpc.aio.AioRpcError as error:
-                raise GatewayError.from_rpc_error(error) from error
-            if not isinstance(response, GenerateStreamResponse):  # grpc.aio.EOF
+            response = await self._read()
+            if response is None:
                 self._require_finished()
                 break
             match response.WhichOneof("event"):
@@ -107,27 +105,6 @@ class GenerationStream:
         async for event in self:
             if isinstance(event, GenerationDelta) and event.index == index and event.text:
                 yield event.text
-
-    async def aclose(self) -> None:
-        """End the call, if it has not ended. Reading on gives nothing. May be called again."""
-        self._closed = True
-        self._call.cancel()
-
-    async def __aenter__(self) -> GenerationStream:
-        return self
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        await self.aclose()
-
-    def __del__(self) -> None:
-        # grpc.aio would do so too, but its calls hold references to themselves and
-        # wait for the garbage collector, while the engine generates for nobody.
-        self._call.cancel()
 
     def _require_finished(self) -> None:
         if self._finished is None:

@@ -2006,7 +2006,7 @@ class WatchAdaptersResponse(google.protobuf.message.Message):
 
     @property
     def heartbeat(self) -> Global___WatchHeartbeat:
-        """heartbeat every 15 seconds without an event, and once at the begin."""
+        """heartbeat at the begin, and after every 15 seconds without an event."""
 
     def __init__(
         self,
@@ -2028,7 +2028,7 @@ class WatchHeartbeat(google.protobuf.message.Message):
 
     SEQUENCE_FIELD_NUMBER: builtins.int
     sequence: builtins.int
-    """sequence number of the newest event of all."""
+    """sequence number up to which the watch has told everything: resume after it."""
     def __init__(
         self,
         *,

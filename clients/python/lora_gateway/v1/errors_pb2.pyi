@@ -66,7 +66,8 @@ class _ErrorReasonEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._En
     Code NOT_FOUND with ResourceInfo. Metadata: `adapter`.
     """
     ERROR_REASON_VERSION_NOT_FOUND: _ErrorReason.ValueType  # 11
-    """ERROR_REASON_VERSION_NOT_FOUND: the adapter has no such version, or it was deleted.
+    """ERROR_REASON_VERSION_NOT_FOUND: the adapter has no such version. Inference
+    answers it for versions that are not READY, too.
     Code NOT_FOUND with ResourceInfo. Metadata: `adapter`, `version`.
     """
     ERROR_REASON_ADAPTER_INVALID: _ErrorReason.ValueType  # 12
@@ -76,8 +77,8 @@ class _ErrorReasonEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._En
     Code INVALID_ARGUMENT. Metadata: `adapter`, and once it has one `version`.
     """
     ERROR_REASON_ADAPTER_NOT_READY: _ErrorReason.ValueType  # 13
-    """ERROR_REASON_ADAPTER_NOT_READY: the version is not READY, or the adapter
-    has no traffic split that could pick one.
+    """ERROR_REASON_ADAPTER_NOT_READY: what is asked for needs a READY version, or
+    the adapter has no traffic split that could pick one.
     Code FAILED_PRECONDITION. Metadata: `adapter`, and where it is about one
     `version` and `state`.
     """
@@ -242,7 +243,8 @@ ERROR_REASON_ADAPTER_NOT_FOUND: ErrorReason.ValueType  # 10
 Code NOT_FOUND with ResourceInfo. Metadata: `adapter`.
 """
 ERROR_REASON_VERSION_NOT_FOUND: ErrorReason.ValueType  # 11
-"""ERROR_REASON_VERSION_NOT_FOUND: the adapter has no such version, or it was deleted.
+"""ERROR_REASON_VERSION_NOT_FOUND: the adapter has no such version. Inference
+answers it for versions that are not READY, too.
 Code NOT_FOUND with ResourceInfo. Metadata: `adapter`, `version`.
 """
 ERROR_REASON_ADAPTER_INVALID: ErrorReason.ValueType  # 12
@@ -252,8 +254,8 @@ come in a `google.rpc.BadRequest`.
 Code INVALID_ARGUMENT. Metadata: `adapter`, and once it has one `version`.
 """
 ERROR_REASON_ADAPTER_NOT_READY: ErrorReason.ValueType  # 13
-"""ERROR_REASON_ADAPTER_NOT_READY: the version is not READY, or the adapter
-has no traffic split that could pick one.
+"""ERROR_REASON_ADAPTER_NOT_READY: what is asked for needs a READY version, or
+the adapter has no traffic split that could pick one.
 Code FAILED_PRECONDITION. Metadata: `adapter`, and where it is about one
 `version` and `state`.
 """

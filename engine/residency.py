@@ -1,0 +1,285 @@
+"""What one shard has loaded, as the host decides it: loads, single flight, room, removal.
+
+    wanted -> (room is made) -> add_lora -> resident -> (nobody holds it) -> remove_lora
+
+The shard has as many places as vLLM keeps adapters in memory (`max_cpu_loras`). They are never
+overbooked, so vLLM never drops an adapter by itself and never has to read one again in the
+middle of a step, where a file that is damaged or gone ends the engine (vllm/lora/
+worker_manager.py:286; ADR 0007). Loads run one at a time, because each holds up decoding.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from engine.errors import (
+    AdapterLoadFailed,
+    EngineError,
+    GenerationFailed,
+    ShardUnavailable,
+)
+from engine.generation import ServedVersion, VersionKey
+from engine.residents import Use
+
+logger = logging.getLogger(__name__)
+
+LOAD_ATTEMPTS = 2
+"""A failed `add_lora` may be passing; each attempt gets a new id (ADR 0004)."""
+FAILURE_KEPT_S = 2.0
+"""How long requests are answered with the last failure, before a load is tried again."""
+
+SURVEY_INTERVAL_S = 1.0
+"""How often is looked for an idle version, while all are in use."""
+
+
+class Loader(Protocol):
+    """The shard, for loading."""
+
+    @property
+    def name(self) -> str:
+        """Stable name, for example `shard-0`."""
+
+    async def load(self, version: ServedVersion) -> None:
+        """Load it. Raises GenerationFailed or ShardUnavailable."""
+
+    async def unload(self, version: ServedVersion) -> None:
+        """Remove it; nothing runs on it."""
+
+
+class Versions(Protocol):
+    """Where versions to be loaded come from."""
+
+    async def find(self, key: VersionKey) -> ServedVersion:
+        """The version with its verified files. Raises EngineError if it may not be loaded."""
+
+    async def with_new_id(self, version: ServedVersion) -> ServedVersion:
+        """The same under an id that no engine has seen."""
+
+
+class Holders(Protocol):
+    """All processes that send requests to the shard."""
+
+    def loaded(self, shard: str, version: ServedVersion) -> None:
+        """Tell all that it is resident."""
+
+    def failed(self, shard: str, key: VersionKey, reason: str) -> None:
+        """Tell all that it could not be loaded."""
+
+    async def leave(self, shard: str, key: VersionKey) -> None:
+        """Tell all to hand it out no more; returns when nothing runs on it anywhere."""
+
+    async def uses(self, shard: str) -> Mapping[VersionKey, Use]:
+        """How it is used, over all."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """One resident version."""
+
+    version: ServedVersion
+    load_time_s: float
+    """When it was loaded, in seconds since the epoch."""
+    load_duration_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Failure:
+    reason: str
+    time_s: float
+
+
+class Residency:
+    """The places of one shard. `run` owns its loads."""
+
+    def __init__(
+        self,
+        shard: Loader,
+        places: int,
+        versions: Versions,
+        holders: Holders,
+        observe_load: Callable[[str, float, bool], None] = lambda shard, duration_s, ok: None,
+        observe_resident: Callable[[str, int], None] = lambda shard, count: None,
+    ) -> None:
+        """`observe_load` is told of each load: shard, seconds, whether it worked. And
+        `observe_resident` how many versions the shard has loaded, whenever that changes."""
+        self._shard = shard
+        self._capacity = places
+        self._versions = versions
+        self._holders = holders
+        self._observe_load = observe_load
+        self._observe_resident = observe_resident
+        self._places: dict[VersionKey, Place] = {}
+        self._wanted: dict[VersionKey, asyncio.Future[ServedVersion]] = {}
+        """In the order of arrival; the first is the next, or is being loaded."""
+        self._leaving: dict[VersionKey, asyncio.Task[None]] = {}
+        self._failures: dict[VersionKey, _Failure] = {}
+        self._changed = asyncio.Event()
+
+    @property
+    def shard(self) -> str:
+        """Name of the shard."""
+        return self._shard.name
+
+    def place(self, key: VersionKey) -> Place | None:
+        """Where a version is resident; None if it is not."""
+        return self._places.get(key)
+
+    def resident(self) -> list[ServedVersion]:
+        """All that is resident, for a process that joins."""
+        return [place.version for place in self._places.values()]
+
+    def want(self, key: VersionKey) -> None:
+        """A process waits for this version. All are told when it is resident, or why not."""
+        if (place := self._places.get(key)) is not None:
+            self._holders.loaded(self.shard, place.version)  # their messages crossed
+        elif (failure := self._recent_failure(key)) is not None:
+            self._holders.failed(self.shard, key, failure.reason)
+        else:
+            self._enqueue(key)
+
+    async def ensure(self, key: VersionKey) -> ServedVersion:
+        """Load a version unless it is resident.
+
+        Raises what kept it from being loaded: AdapterLoadFailed, AdapterNotFound or
+        ShardUnavailable.
+        """
+        if (place := self._places.get(key)) is not None:
+            return place.version
+        return await asyncio.shield(self._enqueue(key))
+
+    async def remove(self, key: VersionKey) -> None:
+        """Take a version out, when nothing runs on it any more. Cancelled, it goes on."""
+        if (wanted := self._wanted.get(key)) is not None and key not in self._leaving:
+            await asyncio.wait((wanted,))  # it is being loaded, or about to be
+        if key not in self._leaving and key in self._places:
+            self._begin_leave(key)
+        if (leaving := self._leaving.get(key)) is not None:
+            await asyncio.shield(leaving)
+
+    async def run(self) -> None:
+        """Load what is wanted, one after the other, until cancelled."""
+        try:
+            while True:
+                key = await self._next()
+                await self._serve(key)
+        finally:
+            for task in self._leaving.values():
+                task.cancel()
+            await asyncio.gather(*self._leaving.values(), return_exceptions=True)
+            for wanted in self._wanted.values():
+                wanted.cancel()
+
+    def _enqueue(self, key: VersionKey) -> asyncio.Future[ServedVersion]:
+        wanted = self._wanted.get(key)
+        if wanted is None:
+            wanted = self._wanted[key] = asyncio.get_running_loop().create_future()
+            wanted.add_done_callback(_retrieve)
+            self._changed.set()
+        return wanted
+
+    async def _next(self) -> VersionKey:
+        """The first that is wanted and not on its way out."""
+        while True:
+            self._changed.clear()
+            for key in self._wanted:
+                if key not in self._leaving:
+                    return key
+            await self._changed.wait()
+
+    async def _serve(self, key: VersionKey) -> None:
+        try:
+            version = await self._load(key)
+        except EngineError as error:
+            reason = error.reason if isinstance(error, AdapterLoadFailed) else str(error)
+            self._failures[key] = _Failure(reason, time.monotonic())
+            logger.error("%s: %s", self.shard, error)
+            self._holders.failed(self.shard, key, reason)
+            self._wanted.pop(key).set_exception(error)
+        else:
+            self._failures.pop(key, None)
+            self._holders.loaded(self.shard, version)
+            self._wanted.pop(key).set_result(version)
+
+    async def _load(self, key: VersionKey) -> ServedVersion:
+        version = await self._versions.find(key)
+        await self._make_room()
+        for attempt in range(1, LOAD_ATTEMPTS + 1):
+            begin_s = time.monotonic()
+            try:
+                await self._shard.load(version)
+            except GenerationFailed as error:
+                self._observe_load(self.shard, time.monotonic() - begin_s, False)
+                logger.warning("%s: %s: attempt %d: %s", self.shard, key, attempt, error)
+                refusal = AdapterLoadFailed(
+                    key.adapter, key.version, f"the engine refuses it: {error}"
+                )
+                version = await self._versions.with_new_id(version)
+            except ShardUnavailable:
+                self._observe_load(self.shard, time.monotonic() - begin_s, False)
+                raise
+            else:
+                duration_s = time.monotonic() - begin_s
+                self._observe_load(self.shard, duration_s, True)
+                self._places[key] = Place(version, time.time(), duration_s)
+                self._note_count()
+                return version
+        raise refusal
+
+    async def _make_room(self) -> None:
+        """Free a place if none is: that of the version which was idle for longest.
+
+        While all are in use, the one whose last request began first takes no new ones; should
+        another become idle before it has drained, that one goes too.
+        """
+        while len(self._places) + len(self._leaving) >= self._capacity:
+            uses = await self._holders.uses(self.shard)
+            unused = Use(0, 0.0)
+            by_last_use = sorted(self._places, key=lambda key: uses.get(key, unused).last_use_s)
+            idle = [key for key in by_last_use if not uses.get(key, unused).holds]
+            if idle:
+                self._begin_leave(idle[0])
+            elif not self._leaving:
+                self._begin_leave(by_last_use[0])
+            await asyncio.wait(
+                list(self._leaving.values()),
+                timeout=SURVEY_INTERVAL_S,
+                return_when=asyncio.FIRST_COMPLETED,
+            )
+
+    def _begin_leave(self, key: VersionKey) -> None:
+        # From here on no process that joins is told of it, and whoever wants it waits.
+        place = self._places.pop(key)
+        task = asyncio.create_task(self._leave(key, place.version))
+        self._leaving[key] = task
+        task.add_done_callback(lambda task: self._left(key, task))
+
+    async def _leave(self, key: VersionKey, version: ServedVersion) -> None:
+        await self._holders.leave(self.shard, key)
+        await self._shard.unload(version)
+
+    def _left(self, key: VersionKey, task: asyncio.Task[None]) -> None:
+        del self._leaving[key]
+        self._note_count()
+        self._changed.set()
+        _retrieve(task)
+
+    def _note_count(self) -> None:
+        self._observe_resident(self.shard, len(self._places) + len(self._leaving))
+
+    def _recent_failure(self, key: VersionKey) -> _Failure | None:
+        failure = self._failures.get(key)
+        if failure is not None and time.monotonic() - failure.time_s > FAILURE_KEPT_S:
+            del self._failures[key]
+            return None
+        return failure
+
+
+def _retrieve(future: asyncio.Future[ServedVersion] | asyncio.Task[None]) -> None:
+    """Look at an error that nobody may be waiting for."""
+    if not future.cancelled():
+        future.exception()

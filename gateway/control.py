@@ -1,0 +1,233 @@
+"""The control plane: what the host knows of adapters, and the services that it answers.
+
+    worker --Unix socket--> Adapters -> catalog -> ledger -> registry
+                                           |          '----> view, to all processes
+                                           '-> residency -> shard
+
+Owned by the host. It puts the parts together, and ends them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import grpc
+
+from engine.base_model import ModelFingerprints, ModuleShapes
+from engine.catalog import AdapterCatalog
+from engine.generation import ServedVersion, VersionKey
+from engine.intake import Intake
+from engine.ledger import Ledger
+from engine.pool import ServedView, ShardPool
+from engine.probe import Probe
+from engine.residency import Residency
+from engine.residents import Residents
+from engine.shard import VllmShard
+from gateway import metrics
+from gateway.adapters import PATIENT_METHODS, Adapters
+from gateway.admission import Admission, Draining
+from gateway.arms import Arms
+from gateway.call import Principal
+from gateway.channel import Ended, Want
+from gateway.evaluation import Evaluations
+from gateway.judgement import Judgement
+from gateway.processes import Processes
+from gateway.relay import caller
+from gateway.server import HOST_SERVICES, OPTIONS
+from gateway.settings import Settings
+from gateway.tracing import Tracing
+from gateway.workers import WorkerFleet
+from gateway.wrap import Edge, EdgeInterceptor
+from lora_gateway.v1.adapters_pb2_grpc import add_AdaptersServicer_to_server
+from store.artifacts import ArtifactStore
+from store.registry import Registry
+from store.sources import AllowedSources
+from store.uploads import UploadStore
+
+logger = logging.getLogger(__name__)
+
+SWEEP_INTERVAL_S = 3600.0
+"""How often uploads that nobody went on with are dropped."""
+
+
+class ControlPlane:
+    """Everything about adapters in one gateway. `open`, `serve_on`, `serve`; at last `close`."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        state_dir: Path,
+        socket_path: Path,
+        registry: Registry,
+        fleet: WorkerFleet,
+    ) -> None:
+        self.address = f"unix:{socket_path}"
+        """Where workers reach it, as gRPC names it."""
+        self._settings = settings
+        self._registry = registry
+        self._store = ArtifactStore(state_dir)
+        self._uploads = UploadStore(state_dir)
+        self._sources = AllowedSources(settings.adapter_source_allow)
+        self._processes = Processes(fleet)
+        self._ledger = Ledger(registry, self._processes)
+        self._arms = Arms()
+        self._judgement = Judgement(registry, self._ledger, self._arms, self._processes)
+        self._admission = Admission()
+        self._tracing = Tracing(settings.otlp_endpoint)
+        self._residencies: dict[str, Residency] = {}
+        self._residents: list[Residents] = []
+        self._catalog: AdapterCatalog | None = None
+        self._intake: Intake | None = None
+        self._server: grpc.aio.Server | None = None
+        self._running: asyncio.Task[Any] | None = None
+
+    async def open(self) -> None:
+        """Read what is registered."""
+        await self._ledger.open()
+
+    @property
+    def view(self) -> ServedView:
+        """What may be asked for now."""
+        return self._ledger.view
+
+    @property
+    def resident(self) -> Mapping[str, Sequence[ServedVersion]]:
+        """What each shard has loaded now."""
+        return {name: residency.resident() for name, residency in self._residencies.items()}
+
+    def hear(self, message: Want | Ended) -> None:
+        """What a worker says unasked."""
+        match message:
+            case Want(shard, key):
+                self._residencies[shard].want(key)
+            case Ended(outcomes):
+                self._arms.record(outcomes)
+
+    def check_for(self, shapes: ModuleShapes, served: ModelFingerprints, dtype: str) -> None:
+        """Take in adapters for this base model, which computes in `dtype`."""
+        settings = self._settings
+        self._intake = Intake(
+            self._store,
+            self._uploads,
+            self._sources,
+            shapes,
+            served,
+            max_lora_rank=int(settings.max_lora_rank),
+            dtype=dtype,
+        )
+        self._catalog = AdapterCatalog(
+            self._ledger, self._registry, self._store, self._uploads, self._intake
+        )
+
+    async def check(self, adapter: str, folder: Path) -> None:
+        """Check the adapter in a folder of the operator's. Raises AdapterInvalid."""
+        assert self._intake is not None
+        async with self._intake.inspect_folder(adapter, folder):
+            pass
+
+    def serve_on(self, shard: VllmShard) -> None:
+        """Load, probe and evaluate on this shard. Call `run` from now on."""
+        assert self._catalog is not None
+        catalog = self._catalog
+        residency = Residency(
+            shard,
+            self._settings.max_cpu_loras,
+            catalog,
+            self._processes,
+            metrics.observe_load,
+            metrics.observe_resident,
+        )
+        metrics.observe_resident(shard.name, 0)
+        residents = Residents(residency.want, shard.requests_of)
+        self._processes.add_own(shard.name, residents)
+        self._residencies[shard.name] = residency
+        self._residents.append(residents)
+        pool = ShardPool([shard], {shard.name: residents}, self.view)
+        catalog.serve_on(self._residencies, pool, Probe(shard))
+        evaluations = Evaluations(
+            self._registry, self._sources, pool, shard, self._settings.max_num_seqs
+        )
+        self._server = self._build_server(catalog, evaluations)
+
+    async def run(self) -> None:
+        """Load what is wanted, watch what is guarded, sweep what is left, until closed."""
+        self._running = asyncio.current_task()
+        async with asyncio.TaskGroup() as tasks:
+            for residency in self._residencies.values():
+                tasks.create_task(residency.run())
+            tasks.create_task(self._judgement.guard())
+            tasks.create_task(self._sweep())
+
+    async def adopt(self, adapter: str, folder: Path) -> None:
+        """Have the adapter in a folder of the operator's as a version, loaded. Raises
+        AdapterInvalid."""
+        assert self._catalog is not None
+        tenant = Principal().tenant
+        record = await self._catalog.adopt(tenant, adapter, folder)
+        await self._catalog.load(VersionKey(tenant, adapter, record.version))
+        arms = (await self._registry.adapter(tenant, adapter)).arms
+        if all(arm.version != record.version for arm in arms):
+            logger.warning(
+                "adapter %s version %d is READY and has no traffic; to give it all: "
+                "gateway adapters promote %s %d",
+                *(adapter, record.version, adapter, record.version),
+            )
+
+    async def serve(self) -> None:
+        """Answer workers, and go on with what the last process left undone."""
+        assert self._server is not None and self._catalog is not None
+        self._server.add_insecure_port(self.address)
+        await self._server.start()
+        await self._catalog.resume()
+
+    async def close(self) -> None:
+        """End everything, in an order in which nothing is lost that was acknowledged."""
+        self._admission.close(Draining())
+        self._admission.cut_all(Draining())
+        if self._server is not None:
+            await self._server.stop(1.0)
+        if self._running is not None:
+            # First: a load takes a minute where the core does not answer.
+            self._running.cancel()
+            await asyncio.wait((self._running,))
+        if self._catalog is not None:
+            await self._catalog.close()
+        await self._ledger.close()
+        for residents in self._residents:
+            await residents.close()
+        await asyncio.to_thread(self._tracing.close)
+
+    def _build_server(self, catalog: AdapterCatalog, evaluations: Evaluations) -> grpc.aio.Server:
+        settings = self._settings
+        edge = Edge(
+            self._admission,
+            self._tracing,
+            settings.default_unary_deadline_s,
+            settings.default_stream_deadline_s,
+            # A call is counted where it came in, by the worker that passed it on.
+            lambda call, code, end_s: None,
+            caller,
+            PATIENT_METHODS,
+        )
+        server = grpc.aio.server(
+            interceptors=[EdgeInterceptor(edge, HOST_SERVICES)], options=list(OPTIONS)
+        )
+        adapters = Adapters(
+            catalog, self._ledger, self._registry, self._uploads, self._judgement, evaluations
+        )
+        add_AdaptersServicer_to_server(adapters, server)
+        return server
+
+    async def _sweep(self) -> None:
+        while True:
+            await asyncio.sleep(SWEEP_INTERVAL_S)
+            with contextlib.suppress(OSError):
+                for tenant, upload_id in await asyncio.to_thread(self._uploads.sweep):
+                    logger.info(
+                        "dropped upload %s of %s: nobody went on with it", upload_id, tenant
+                    )

@@ -1,0 +1,182 @@
+"""EvaluateVersion: a request to an evaluation, its events to messages."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+
+from engine.errors import InvalidRequest, Violation
+from engine.evaluation import (
+    DEFAULT_MAX_CONCURRENCY,
+    DEFAULT_MAX_TOKENS,
+    Evaluation,
+    Progress,
+    Result,
+    Summary,
+)
+from engine.examples import MAX_DATASET_BYTES, Example, parse_jsonl
+from engine.generation import Chat, ChatMessage, ServedVersion, VersionKey
+from engine.pool import ShardPool
+from engine.scoring import Scorer
+from engine.shard import Shard, VllmShard
+from gateway import adapter_codec as codec
+from lora_gateway.v1 import adapters_pb2 as pb
+from store.artifacts import SourceUnusable
+from store.records import VersionNotReady, VersionState
+from store.registry import Registry
+from store.sources import AllowedSources
+
+_SCORERS = {scorer: pb.Scorer.Value(f"SCORER_{scorer.name}") for scorer in Scorer}
+_SCORERS_BY_NUMBER = {number: scorer for scorer, number in _SCORERS.items()}
+
+
+class Evaluations:
+    """Runs evaluations on the host's shard, beside live traffic."""
+
+    def __init__(
+        self,
+        registry: Registry,
+        sources: AllowedSources,
+        pool: ShardPool,
+        shard: VllmShard,
+        max_num_seqs: int,
+    ) -> None:
+        """`max_num_seqs` is what the engine runs at once; half of it is left to live traffic."""
+        self._registry = registry
+        self._sources = sources
+        self._pool = pool
+        self._shard = shard
+        self._max_running = max(1, max_num_seqs // 2)
+
+    async def run(
+        self, request: pb.EvaluateVersionRequest, tenant: str
+    ) -> AsyncGenerator[pb.EvaluateVersionResponse, None]:
+        """The messages of one evaluation."""
+        evaluation = await self._decode(request, tenant)
+        runner = _Runner(self._pool, tenant, request.adapter)
+        async with contextlib.aclosing(evaluation.run(runner, self._has_capacity)) as events:
+            async for event in events:
+                yield _encode(event)
+
+    async def _decode(self, request: pb.EvaluateVersionRequest, tenant: str) -> Evaluation:
+        wrong = list(codec.name_violations(request.adapter))
+        if request.examples and request.dataset_uri:
+            wrong.append(Violation("dataset_uri", "must be empty where there are examples"))
+        unknown = [number for number in request.scorers if number not in _SCORERS_BY_NUMBER]
+        if unknown:
+            wrong.append(Violation("scorers", f"has unknown values: {unknown[:3]}"))
+        codec.refuse(wrong)
+        for version in request.versions[:64]:
+            if version:
+                record = await self._registry.version(tenant, request.adapter, version)
+                if record.state is not VersionState.READY:
+                    raise VersionNotReady(request.adapter, version, record.state)
+        if request.dataset_uri:
+            examples: Sequence[Example] = await asyncio.to_thread(self._read, request.dataset_uri)
+        else:
+            examples = [
+                _example(example, f"examples[{index}]")
+                for index, example in enumerate(request.examples)
+            ]
+        return Evaluation(
+            examples=examples,
+            versions=list(request.versions),
+            scorers=[_SCORERS_BY_NUMBER[number] for number in request.scorers],
+            max_tokens=request.max_tokens or DEFAULT_MAX_TOKENS,
+            max_concurrency=request.max_concurrency or DEFAULT_MAX_CONCURRENCY,
+            return_results=request.return_results,
+            cache_salt=tenant,
+        )
+
+    def _read(self, dataset_uri: str) -> list[Example]:
+        folder, _, name = dataset_uri.rpartition("/")
+        try:
+            with self._sources.resolve(folder).open() as files:
+                content = b"".join(files.chunks(name, MAX_DATASET_BYTES))
+        except SourceUnusable as error:
+            raise InvalidRequest(Violation("dataset_uri", str(error))) from error
+        return parse_jsonl(content)
+
+    async def _has_capacity(self) -> bool:
+        running, waiting = await self._shard.load_figures()
+        return waiting == 0 and running < self._max_running
+
+
+class _Runner:
+    """Leases versions on the host's shard."""
+
+    def __init__(self, pool: ShardPool, tenant: str, adapter: str) -> None:
+        self._pool = pool
+        self._tenant = tenant
+        self._adapter = adapter
+
+    @contextlib.asynccontextmanager
+    async def open(self, version: int) -> AsyncIterator[tuple[Shard, ServedVersion | None]]:
+        key = VersionKey(self._tenant, self._adapter, version) if version else None
+        route = self._pool.route_to(key)
+        async with route.lease() as served:
+            yield route.shard, served
+
+
+def _example(message: pb.EvaluationExample, field: str) -> Example:
+    match message.WhichOneof("prompt"):
+        case "text":
+            prompt: str | Chat = message.text
+        case "chat":
+            prompt = Chat([ChatMessage(m.role, m.content) for m in message.chat.messages])
+        case _:
+            raise InvalidRequest(Violation(f"{field}.prompt", "is required; set text or chat"))
+    expected = message.expected if message.HasField("expected") else None
+    return Example(prompt, expected, tuple(message.contains))
+
+
+def _encode(event: Progress | Result | Summary) -> pb.EvaluateVersionResponse:
+    match event:
+        case Progress(done, total):
+            return pb.EvaluateVersionResponse(
+                progress=pb.EvaluationProgress(done=done, total=total)
+            )
+        case Result():
+            return pb.EvaluateVersionResponse(
+                result=pb.EvaluationResult(
+                    example=event.example,
+                    version=event.version,
+                    answer=event.answer,
+                    scores=[
+                        pb.Score(scorer=_SCORERS[scorer], value=value)
+                        for scorer, value in event.scores.items()
+                    ],
+                    error=event.error,
+                )
+            )
+        case Summary():
+            return pb.EvaluateVersionResponse(summary=_encode_summary(event))
+
+
+def _encode_summary(summary: Summary) -> pb.EvaluationSummary:
+    return pb.EvaluationSummary(
+        scores=[
+            pb.VersionScore(
+                version=score.version,
+                scorer=_SCORERS[score.scorer],
+                mean=score.mean,
+                low=score.interval.low,
+                high=score.interval.high,
+                count=score.count,
+            )
+            for score in summary.scores
+        ],
+        differences=[
+            pb.ScoreDifference(
+                version=difference.version,
+                scorer=_SCORERS[difference.scorer],
+                difference=difference.difference,
+                low=difference.interval.low,
+                high=difference.interval.high,
+                significant=difference.significant,
+            )
+            for difference in summary.differences
+        ],
+        failed_count=summary.failed_count,
+    )

@@ -1,0 +1,80 @@
+"""All processes that resolve adapter names and hold loaded versions: workers, and the host.
+
+Implements what `engine/residency.py` (Holders) and `engine/ledger.py` (Audience) ask for, over
+the pipes to the workers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Mapping
+
+from engine.generation import ServedVersion, VersionKey
+from engine.pool import ServedAdapter
+from engine.residents import Residents, Use
+from gateway.channel import Flush, Leave, Loaded, LoadFailed, ShowAdapter, TellUses
+from gateway.workers import WorkerFleet
+
+logger = logging.getLogger(__name__)
+
+FOLLOW_TIMEOUT_S = 5.0
+"""How long a change waits for a worker that does not follow it. The change stands already."""
+ANSWER_TIMEOUT_S = 1.0
+"""How long a worker may take to answer a question that is asked for a better choice only."""
+
+
+class Processes:
+    """The workers and the host, as one."""
+
+    def __init__(self, fleet: WorkerFleet) -> None:
+        self._fleet = fleet
+        self._own: dict[str, Residents] = {}
+
+    def add_own(self, shard: str, residents: Residents) -> None:
+        """The host's own, which uses the shard for probes and evaluations."""
+        self._own[shard] = residents
+
+    def show(self, tenant: str, adapter: str, served: ServedAdapter) -> Awaitable[None]:
+        """Send the adapter to all at once; awaited, wait until they follow."""
+        answers = self._fleet.ask(ShowAdapter(tenant, adapter, served))
+        return _followed(adapter, answers)
+
+    def loaded(self, shard: str, version: ServedVersion) -> None:
+        """Tell all that it is resident."""
+        self._own[shard].loaded(version)
+        self._fleet.tell(Loaded(shard, version))
+
+    def failed(self, shard: str, key: VersionKey, reason: str) -> None:
+        """Tell all that it could not be loaded."""
+        self._own[shard].failed(key, reason)
+        self._fleet.tell(LoadFailed(shard, key, reason))
+
+    async def leave(self, shard: str, key: VersionKey) -> None:
+        """Tell all to hand it out no more; returns when nothing runs on it anywhere."""
+        own_left = asyncio.Event()
+        self._own[shard].leave(key, own_left.set)
+        await self._fleet.ask(Leave(shard, key))
+        await own_left.wait()
+
+    async def uses(self, shard: str) -> Mapping[VersionKey, Use]:
+        """How it is used, over all that answer in time."""
+        answers: list[Mapping[VersionKey, Use]]
+        answers = await self._fleet.ask(TellUses(shard), ANSWER_TIMEOUT_S)
+        total = dict(self._own[shard].uses())
+        for answer in answers:
+            for key, use in answer.items():
+                before = total.get(key, Use(0, 0.0))
+                total[key] = Use(before.holds + use.holds, max(before.last_use_s, use.last_use_s))
+        return total
+
+    async def flush(self) -> None:
+        """Have all outcomes of ended requests sent, by all that answer in time."""
+        await self._fleet.ask(Flush(), ANSWER_TIMEOUT_S)
+
+
+async def _followed(adapter: str, answers: Awaitable[object]) -> None:
+    try:
+        await asyncio.wait_for(answers, FOLLOW_TIMEOUT_S)
+    except TimeoutError:
+        logger.error("a worker does not follow the change of adapter %s", adapter)

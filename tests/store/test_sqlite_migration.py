@@ -1,0 +1,184 @@
+"""A file of schema 1 becomes one of schema 2 that lacks nothing, or stays as it was."""
+
+from __future__ import annotations
+
+import contextlib
+import sqlite3
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from store import sqlite_migration, sqlite_schema
+from store.records import (
+    AdapterRecord,
+    Arm,
+    Content,
+    EventKind,
+    RegistryUnusable,
+    VersionRecord,
+    VersionState,
+)
+from store.sqlite_registry import SqliteRegistry
+from tests.store.registry_steps import ONE, TWO, begin
+
+NOW_NS = 5_000
+# As the release that knew schema 1 wrote it.
+SCHEMA_1 = """
+CREATE TABLE lora_int_id (
+    last INTEGER NOT NULL              -- one row
+) STRICT;
+
+CREATE TABLE adapter (
+    tenant       TEXT NOT NULL,
+    adapter      TEXT NOT NULL,
+    last_version INTEGER NOT NULL,
+    PRIMARY KEY (tenant, adapter)
+) STRICT, WITHOUT ROWID;
+
+CREATE TABLE adapter_version (
+    tenant         TEXT NOT NULL,
+    adapter        TEXT NOT NULL,
+    version        INTEGER NOT NULL,
+    digest         TEXT NOT NULL,
+    lora_int_id    INTEGER NOT NULL UNIQUE,
+    create_time_ns INTEGER NOT NULL,   -- since the epoch
+    PRIMARY KEY (tenant, adapter, version),
+    UNIQUE (tenant, adapter, digest),
+    FOREIGN KEY (tenant, adapter) REFERENCES adapter
+) STRICT, WITHOUT ROWID;
+PRAGMA user_version = 1;
+"""
+ROWS_1 = f"""
+INSERT INTO lora_int_id VALUES (7);
+INSERT INTO adapter VALUES ('acme', 'sql', 3), ('acme', 'chat', 1), ('other', 'sql', 2);
+INSERT INTO adapter_version VALUES
+    ('acme', 'sql', 1, '{ONE}', 1, 1000),
+    ('acme', 'sql', 3, '{TWO}', 7, 3000),
+    ('other', 'sql', 2, '{ONE}', 4, 2000);
+"""
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    with contextlib.closing(sqlite3.connect(tmp_path / "db")) as connection:
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.executescript(SCHEMA_1 + ROWS_1)
+    return tmp_path / "db"
+
+
+def dump(path: Path) -> list[str]:
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        version = str(connection.execute("PRAGMA user_version").fetchone())
+        return [version, *connection.iterdump()]
+
+
+def clock_ns() -> int:
+    return NOW_NS
+
+
+async def test_versions_stay_ready_under_their_numbers_and_ids(path: Path) -> None:
+    async with SqliteRegistry(path, clock_ns=clock_ns) as registry:
+        records = await registry.versions_in(VersionState.READY)
+    assert [(r.tenant, r.adapter, r.version, r.lora_int_id) for r in records] == [
+        ("acme", "sql", 1, 1),
+        ("acme", "sql", 3, 7),
+        ("other", "sql", 2, 4),
+    ]
+    assert records[1] == VersionRecord(
+        tenant="acme",
+        adapter="sql",
+        version=3,
+        state=VersionState.READY,
+        lora_int_id=7,
+        source_uri="",
+        expected_sha256="",
+        fingerprints={},
+        labels={},
+        take_traffic=True,
+        create_time_ns=3000,
+        update_time_ns=NOW_NS,
+        content=Content(TWO, weights_sha256="", size_bytes=0, rank=0, target_modules=()),
+    )
+
+
+async def test_the_newest_version_of_each_adapter_has_the_traffic(path: Path) -> None:
+    async with SqliteRegistry(path, clock_ns=clock_ns) as registry:
+        snapshot = await registry.snapshot()
+    assert snapshot == [
+        (AdapterRecord("acme", "chat", (), None, 0, 1, NOW_NS, NOW_NS), ()),
+        (AdapterRecord("acme", "sql", (Arm(3, 100),), None, 1, 3, 1000, NOW_NS), (1, 3)),
+        (AdapterRecord("other", "sql", (Arm(2, 100),), None, 1, 2, 2000, NOW_NS), (2,)),
+    ]
+
+
+async def test_the_trail_begins_with_what_was_there(path: Path) -> None:
+    async with SqliteRegistry(path, clock_ns=clock_ns) as registry:
+        acme = await registry.events("acme", after=0, limit=99)
+        other = await registry.events("other", after=0, limit=99)
+        assert await registry.last_sequence() == 8
+    told = [(e.sequence, e.time_ns, e.kind, e.version, e.arms) for e in acme]
+    assert told == [
+        (1, 1000, EventKind.VERSION_CREATED, 1, ()),
+        (3, 3000, EventKind.VERSION_CREATED, 3, ()),
+        (4, NOW_NS, EventKind.VERSION_READY, 1, ()),
+        (5, NOW_NS, EventKind.VERSION_READY, 3, ()),
+        (7, NOW_NS, EventKind.TRAFFIC_SET, 0, (Arm(3, 100),)),
+    ]
+    assert [e.sequence for e in other] == [2, 6, 8]
+    assert {(e.actor, e.reason) for e in acme + other} == {("gateway", "taken over from schema 1")}
+
+
+async def test_counters_go_on(path: Path) -> None:
+    async with SqliteRegistry(path) as registry:
+        record = await begin(registry)
+        assert (record.version, record.lora_int_id) == (4, 8)
+        assert (await begin(registry, "chat")).version == 2
+        assert await registry.last_sequence() == 10
+
+
+async def test_it_happens_once_and_leaves_the_tables_of_a_new_file(
+    path: Path, tmp_path: Path
+) -> None:
+    async with SqliteRegistry(path):
+        pass
+    migrated = dump(path)
+    async with SqliteRegistry(path), SqliteRegistry(tmp_path / "new"):
+        pass
+    assert dump(path) == migrated
+
+    def schema(lines: list[str]) -> list[str]:
+        return sorted(line for line in lines if line.startswith(("(", "CREATE")))
+
+    assert schema(migrated) == schema(dump(tmp_path / "new"))
+
+
+@pytest.mark.parametrize("failing", ["INSERT INTO event ", "UPDATE counter", "DROP TABLE"])
+async def test_a_migration_that_fails_leaves_schema_1(
+    path: Path, monkeypatch: pytest.MonkeyPatch, failing: str
+) -> None:
+    before = dump(path)
+    migrate: Callable[..., contextlib.AbstractContextManager[None]] = (
+        sqlite_migration.migrate_1_to_2
+    )
+
+    class FailingConnection:
+        def __init__(self, connection: sqlite3.Connection) -> None:
+            self._connection = connection
+
+        def execute(self, sql: str, *arguments: object) -> sqlite3.Cursor:
+            if failing in sql:
+                raise sqlite3.OperationalError("database or disk is full")
+            return self._connection.execute(sql, *arguments)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch, pytest.raises(RegistryUnusable):
+        patch.setattr(
+            sqlite_schema,
+            "migrate_1_to_2",
+            lambda connection, now_ns: migrate(FailingConnection(connection), now_ns),
+        )
+        async with SqliteRegistry(path):
+            pass
+    assert dump(path) == before
+    async with SqliteRegistry(path) as registry:
+        assert await registry.last_sequence() == 8
