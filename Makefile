@@ -183,8 +183,10 @@ serve: $(READY) ## Run the gateway; ARGS="..." are its flags
 	@exec $(BIN)/gateway serve $(PIRATE) $(ARGS)
 
 .PHONY: bench
-bench: $(DEV_READY) ## Measure the gateway against the bare engine
+bench: $(DEV_READY) ## Measure the gateway against the bare engine; many adapters; imports
 	@$(BIN)/python -m tests.bench $(ARGS)
+	@$(BIN)/python -m tests.bench.adapters
+	@$(BIN)/python -m tests.bench.imports
 
 .PHONY: clean
 clean: ## Remove environments, caches and build output; state/ stays

@@ -9,6 +9,7 @@ The registry decides what is true. What a crash interrupts is done again at the 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections import Counter
 from collections.abc import Coroutine, Mapping, Sequence
@@ -31,10 +32,12 @@ from store.records import (
     Content,
     Guard,
     NewVersion,
+    RequestIdReused,
     VersionRecord,
     VersionState,
 )
 from store.registry import Registry
+from store.sources import SourceNotAllowed
 from store.uploads import UploadStore
 
 logger = logging.getLogger(__name__)
@@ -138,14 +141,24 @@ class AdapterCatalog:
             if found is not None:
                 await _to_its_end(asyncio.to_thread(inspected.staged.commit))  # if gone
                 return found
-            new = NewVersion(tenant, adapter, str(folder))
-            record = await self._ledger.begin(new, request_id="", actor=GATEWAY)
+            record = await self._begin_adopted(
+                NewVersion(tenant, adapter, str(folder)), inspected.staged.digest
+            )
             try:
                 await self._admit(record, inspected)
             except AdapterInvalid as error:
                 await self._refuse(record, error.findings)
                 raise
         return await self._registry.version(*_key(record))
+
+    async def _begin_adopted(self, new: NewVersion, digest: str) -> VersionRecord:
+        """The version that an earlier start was cut off with, or a new one."""
+        request_id = f"adopt:{new.adapter}:{digest}"
+        with contextlib.suppress(RequestIdReused):  # the same bytes lay elsewhere then
+            record = await self._ledger.begin(new, request_id=request_id, actor=GATEWAY)
+            if record.state is VersionState.VALIDATING:
+                return record
+        return await self._ledger.begin(new, request_id="", actor=GATEWAY)
 
     async def _validate(self, record: VersionRecord) -> None:
         """From VALIDATING to READY or FAILED. If a shard dies, the next start goes on."""
@@ -157,6 +170,8 @@ class AdapterCatalog:
                 await self._admit(record, inspected)
         except AdapterInvalid as error:
             await self._refuse(record, error.findings)
+        except SourceNotAllowed as error:  # any more: the gateway was started anew
+            await self._refuse(record, [str(error)])
         except OSError as error:
             logger.error("%s: %s", _name(record), error)
             reason = f"the gateway could not store it ({error.strerror}): create it again later"

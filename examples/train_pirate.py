@@ -2,6 +2,9 @@
 
     python examples/train_pirate.py
 
+The flags make other versions of it; `examples/adapters/pirate-v2/README.md` has those of the
+second one that ships.
+
 Plain transformers and PEFT, to show that nothing about an adapter for the gateway is special.
 The seed is fixed; another processor may still round its way to a slightly different adapter.
 """
@@ -13,6 +16,7 @@ import json
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -33,12 +37,11 @@ from engine.models import resolve_model
 
 HERE = Path(__file__).parent
 BASE_MODEL = "smollm2-135m"
-SEED = 17
 
 TARGET_MODULES = ["down_proj", "o_proj", "v_proj"]
 RANK, ALPHA = 4, 16
 """At rank 4 these three modules take just under 1 MB in 16 bits."""
-EPOCHS, ROWS_PER_STEP, LEARNING_RATE = 6, 8, 1e-3
+ROWS_PER_STEP = 8
 
 IGNORED = -100
 """The label of a token that is no part of the loss (torch.nn.CrossEntropyLoss)."""
@@ -51,15 +54,28 @@ HELD_OUT = (
 """Not in the data."""
 
 
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """What one version may be trained with differently from another."""
+
+    epochs: int
+    learning_rate: float
+    seed: int
+
+
 def main() -> None:
     """Train, save, and print how base model and adapter answer what is not in the data."""
     parser = argparse.ArgumentParser(description="Train the pirate adapter.")
     parser.add_argument("--data", type=Path, default=HERE / "data" / "pirate.jsonl")
     parser.add_argument("--output", type=Path, default=HERE / "adapters" / "pirate")
     parser.add_argument("--state-dir", type=Path, default=Path("state"))
+    parser.add_argument("--epochs", type=int, default=6)
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--seed", type=int, default=17)
     options = parser.parse_args()
+    recipe = Recipe(options.epochs, options.learning_rate, options.seed)
 
-    set_seed(SEED)
+    set_seed(recipe.seed)
     folder = resolve_model(BASE_MODEL, options.state_dir)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     # Float32, because bfloat16 would round most small steps away.
@@ -70,7 +86,7 @@ def main() -> None:
     rows = [encode(tokenizer, chat) for chat in chats]
     model = get_peft_model(base, lora_config())
     started_s = time.monotonic()
-    train(model, tokenizer, rows)
+    train(model, tokenizer, rows, recipe)
     print(f"trained on {len(rows)} rows in {time.monotonic() - started_s:.0f} s")
     save(model, options.output)
 
@@ -113,17 +129,20 @@ def encode(
 
 
 def train(
-    model: PeftModel, tokenizer: PreTrainedTokenizerFast, rows: Sequence[Mapping[str, list[int]]]
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerFast,
+    rows: Sequence[Mapping[str, list[int]]],
+    recipe: Recipe,
 ) -> None:
     """Train in place. The collator pads ids with the pad token and labels with IGNORED."""
     with tempfile.TemporaryDirectory() as scratch:
         arguments = TrainingArguments(
             output_dir=scratch,
             use_cpu=True,
-            seed=SEED,
-            num_train_epochs=EPOCHS,
+            seed=recipe.seed,
+            num_train_epochs=recipe.epochs,
             per_device_train_batch_size=ROWS_PER_STEP,
-            learning_rate=LEARNING_RATE,
+            learning_rate=recipe.learning_rate,
             lr_scheduler_type="cosine",
             warmup_steps=5,
             logging_steps=10,

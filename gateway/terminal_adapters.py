@@ -35,7 +35,7 @@ from lora_gateway import (
     VersionState,
 )
 
-SERVER_ERRORS = ("INTERNAL", "UNAVAILABLE", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED")
+SERVER_ERRORS = ("INTERNAL", "UNAVAILABLE", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED", "UNKNOWN")
 """The codes that count as errors of the server; `TrafficGuard` in the contract."""
 MEASURES = (
     "error_ratio",

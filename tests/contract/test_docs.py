@@ -61,7 +61,7 @@ def shown(default: object) -> str:
     match default:
         case None:
             return "none"
-        case dict():
+        case dict() | list():
             assert not default
             return "none"
         case bool():

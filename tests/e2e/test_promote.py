@@ -356,6 +356,7 @@ async def picture(channel: grpc.aio.Channel) -> tuple[Any, Any, Any]:
     return adapter, versions, await asyncio.gather(*(ask(channel, each) for each in sessions))
 
 
+@pytest.mark.slow
 async def test_every_change_is_an_event_and_survives_a_kill(sources: Path, tmp_path: Path) -> None:
     with gateway_process(tmp_path, extra=[f"--adapter-source-allow={sources}"]) as gateway:
         family = gateway.family()

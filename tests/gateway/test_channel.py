@@ -10,7 +10,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import AsyncIterator, Iterator
 from multiprocessing.connection import Connection
 from typing import Any
@@ -23,11 +22,9 @@ from engine.residents import Use
 from gateway.channel import Answer, Ask, Channel, Ended, Flush, Want
 from tests.gateway.outcomes import outcome
 
-TIMEOUT_S = 10.0
+TIMEOUT_S = 30.0
 LARGE_BYTES = 16 * 1024**2
 """Many times what a pipe holds."""
-SEND_S = 2.0
-"""A send takes milliseconds; one that waits for the other side would take for ever."""
 
 ECHO = """
 import os, sys
@@ -96,14 +93,12 @@ async def test_thousands_of_small_messages_arrive_in_order(
 async def test_large_messages_both_ways_at_once_block_neither_side(
     ends: tuple[AnyChannel, AnyChannel],
 ) -> None:
-    """With a send that waits, each would wait for the other to read."""
+    """A send that waits would wait for ever: nothing is read before all are made."""
     host, worker = ends
-    begin_s = time.monotonic()
     for _ in range(2):
         host.send(large(b"h"))
         worker.send(large(b"w"))
     host.send(Answer(7))
-    assert time.monotonic() - begin_s < SEND_S, "nothing can be read before this returns"
     for _ in range(2):
         assert await received(worker) == large(b"h")
         assert await received(host) == large(b"w")
@@ -119,11 +114,9 @@ async def test_a_peer_that_is_stopped_holds_up_nobody_and_gets_all_later(
     assert await received(channel) == Answer(1), "it runs"
     process.send_signal(signal.SIGSTOP)
     await asyncio.to_thread(os.waitid, os.P_PID, process.pid, os.WSTOPPED | os.WNOWAIT)
-    begin_s = time.monotonic()
     for number in range(4):
         channel.send(large())
         channel.send(Answer(number))
-    assert time.monotonic() - begin_s < SEND_S
     with pytest.raises(TimeoutError):
         await asyncio.wait_for(channel.receive(), 0.1)
     process.send_signal(signal.SIGCONT)

@@ -1,4 +1,4 @@
-"""EvaluateVersion on the wire: progress, results, one summary; beside live traffic, never before."""
+"""EvaluateVersion on the wire: progress, results, one summary; live traffic comes first."""
 
 from __future__ import annotations
 
@@ -188,8 +188,9 @@ async def test_a_caller_who_leaves_ends_all_of_it(plane: Plane) -> None:
 
 
 async def test_everything_that_is_wrong_is_told_at_once(plane: Plane) -> None:
+    unknown: list[Any] = [0, 99]
     bad = pb.EvaluateVersionRequest(
-        adapter="Not A Name", examples=[example()], dataset_uri="/x", scorers=[0, 99]
+        adapter="Not A Name", examples=[example()], dataset_uri="/x", scorers=unknown
     )
     refusal = await refused(evaluate(plane, bad))
     assert refusal.reason == "INVALID_FIELD"

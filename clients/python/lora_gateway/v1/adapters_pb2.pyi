@@ -385,7 +385,7 @@ class TrafficGuard(google.protobuf.message.Message):
     """min_requests before the guard judges. 1 to 10,000. Default 20."""
     max_error_ratio: builtins.float
     """max_error_ratio of its requests may end with an error of the server
-    (INTERNAL, UNAVAILABLE, DEADLINE_EXCEEDED, RESOURCE_EXHAUSTED). 0 to 1.
+    (INTERNAL, UNAVAILABLE, DEADLINE_EXCEEDED, RESOURCE_EXHAUSTED, UNKNOWN). 0 to 1.
     Unset: errors do not count.
     """
     max_ttft_p95_ms: builtins.float
@@ -1371,7 +1371,7 @@ class ArmReport(google.protobuf.message.Message):
 
     @property
     def completion_tokens(self) -> Global___Quantiles:
-        """completion_tokens of a request."""
+        """completion_tokens of a request that ended OK."""
 
     @property
     def feedback(self) -> Global___FeedbackReport:
@@ -1463,7 +1463,10 @@ Global___FeedbackReport: typing_extensions.TypeAlias = FeedbackReport
 
 @typing.final
 class ArmDifference(google.protobuf.message.Message):
-    """ArmDifference is one measure of an arm less that of the baseline."""
+    """ArmDifference is one measure of an arm less that of the baseline. A measure is
+    left out while there is too little of it for its interval: at 95 % a median
+    takes 6 values of each arm, and a 95th percentile 59.
+    """
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -1476,7 +1479,7 @@ class ArmDifference(google.protobuf.message.Message):
     version: builtins.int
     """version of the arm that is compared with the baseline."""
     measure: builtins.str
-    """measure that differs: `error_ratio`, `ttft_ms.p50`, `ttft_ms.p95`,
+    """measure that differs: `error_ratio` (of the codes that TrafficGuard counts), `ttft_ms.p50`, `ttft_ms.p95`,
     `inter_token_ms.p50`, `inter_token_ms.p95`, `total_ms.p50`, `total_ms.p95`,
     `completion_tokens.mean` or `feedback.mean`.
     """
