@@ -170,7 +170,8 @@ class AdapterCatalog:
                 await self._admit(record, inspected)
         except AdapterInvalid as error:
             await self._refuse(record, error.findings)
-        except SourceNotAllowed as error:  # any more: the gateway was started anew
+        except (SourceNotAllowed, ArtifactDamaged) as error:
+            # Not allowed any more: the gateway was started anew.
             await self._refuse(record, [str(error)])
         except OSError as error:
             logger.error("%s: %s", _name(record), error)

@@ -17,7 +17,8 @@ from engine.generation import GenerationRequest, PositionLogprobs, ServedVersion
 from engine.shard import Shard
 
 PROBE_TEXT = "Once upon a time there was a small town by the sea, and in it lived"
-PROBE_TOKENS = 4
+PROMPT_TOKENS, PROBE_TOKENS = 10, 4
+"""Together within the smallest context that can be set (16)."""
 PROBE_TIMEOUT_S = 60.0
 
 Scores = tuple[tuple[int, float], ...]
@@ -68,7 +69,8 @@ class Probe:
             },
             stream=False,
         )
-        prompt = await self._shard.render(request.prompt)
+        whole = await self._shard.render(PROBE_TEXT)
+        prompt = await self._shard.render(list(whole.token_ids[:PROMPT_TOKENS]))
         positions: list[PositionLogprobs] = []
         async with contextlib.aclosing(self._shard.generate(request, prompt, version)) as outputs:
             async for output in outputs:

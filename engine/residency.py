@@ -119,6 +119,8 @@ class Residency:
         self._leaving: dict[VersionKey, asyncio.Task[None]] = {}
         self._failures: dict[VersionKey, _Failure] = {}
         self._changed = asyncio.Event()
+        self._ended = False
+        """Whether `run` is over: nothing is loaded any more."""
 
     @property
     def shard(self) -> str:
@@ -168,6 +170,7 @@ class Residency:
                 key = await self._next()
                 await self._serve(key)
         finally:
+            self._ended = True
             for task in self._leaving.values():
                 task.cancel()
             await asyncio.gather(*self._leaving.values(), return_exceptions=True)
@@ -177,8 +180,12 @@ class Residency:
     def _enqueue(self, key: VersionKey) -> asyncio.Future[ServedVersion]:
         wanted = self._wanted.get(key)
         if wanted is None:
-            wanted = self._wanted[key] = asyncio.get_running_loop().create_future()
+            wanted = asyncio.get_running_loop().create_future()
             wanted.add_done_callback(_retrieve)
+            if self._ended:
+                wanted.set_exception(ShardUnavailable(self.shard))
+                return wanted
+            self._wanted[key] = wanted
             self._changed.set()
         return wanted
 
@@ -195,15 +202,22 @@ class Residency:
         try:
             version = await self._load(key)
         except EngineError as error:
-            reason = error.reason if isinstance(error, AdapterLoadFailed) else str(error)
-            self._failures[key] = _Failure(reason, time.monotonic())
             logger.error("%s: %s", self.shard, error)
-            self._holders.failed(self.shard, key, reason)
-            self._wanted.pop(key).set_exception(error)
+            self._fail(key, error)
+        except Exception:  # one adapter's trouble must not end the loads of all
+            logger.exception("%s: could not load %s", self.shard, key)
+            reason = "the gateway failed, and logged why; tell the operator"
+            self._fail(key, AdapterLoadFailed(key.adapter, key.version, reason))
         else:
             self._failures.pop(key, None)
             self._holders.loaded(self.shard, version)
             self._wanted.pop(key).set_result(version)
+
+    def _fail(self, key: VersionKey, error: EngineError) -> None:
+        reason = error.reason if isinstance(error, AdapterLoadFailed) else str(error)
+        self._failures[key] = _Failure(reason, time.monotonic())
+        self._holders.failed(self.shard, key, reason)
+        self._wanted.pop(key).set_exception(error)
 
     async def _load(self, key: VersionKey) -> ServedVersion:
         version = await self._versions.find(key)
@@ -230,14 +244,20 @@ class Residency:
                 return version
         raise refusal
 
+    @property
+    def _full(self) -> bool:
+        return len(self._places) + len(self._leaving) >= self._capacity
+
     async def _make_room(self) -> None:
         """Free a place if none is: that of the version which was idle for longest.
 
         While all are in use, the one whose last request began first takes no new ones; should
         another become idle before it has drained, that one goes too.
         """
-        while len(self._places) + len(self._leaving) >= self._capacity:
+        while self._full:
             uses = await self._holders.uses(self.shard)
+            if not self._full:  # something was removed while they answered
+                return
             unused = Use(0, 0.0)
             by_last_use = sorted(self._places, key=lambda key: uses.get(key, unused).last_use_s)
             idle = [key for key in by_last_use if not uses.get(key, unused).holds]

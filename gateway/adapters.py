@@ -13,6 +13,7 @@ from engine.generation import VersionKey
 from engine.intake import UPLOAD_SCHEME
 from engine.ledger import Ledger
 from gateway import adapter_codec as codec
+from gateway.admission import Admission
 from gateway.call import current_call
 from gateway.evaluation import Evaluations
 from gateway.exceptions import SequenceUnknown
@@ -62,6 +63,7 @@ class Adapters(AdaptersServicer):
         uploads: UploadStore,
         judgement: Judgement,
         evaluations: Evaluations,
+        admission: Admission,
     ) -> None:
         self._catalog = catalog
         self._ledger = ledger
@@ -69,6 +71,7 @@ class Adapters(AdaptersServicer):
         self._uploads = uploads
         self._judgement = judgement
         self._evaluations = evaluations
+        self._admission = admission
 
     async def ValidateAdapter(
         self, request: pb.ValidateAdapterRequest, context: Context
@@ -207,9 +210,11 @@ class Adapters(AdaptersServicer):
     async def EvaluateVersion(
         self, request: pb.EvaluateVersionRequest, context: Context
     ) -> AsyncIterator[pb.EvaluateVersionResponse]:
-        async with contextlib.aclosing(self._evaluations.run(request, _tenant())) as messages:
-            async for message in messages:
-                yield message
+        messages = self._evaluations.run(request, _tenant())
+        with self._admission.slot():
+            async with contextlib.aclosing(messages):
+                async for message in messages:
+                    yield message
 
     async def LoadAdapterVersion(
         self, request: pb.LoadAdapterVersionRequest, context: Context
@@ -241,12 +246,13 @@ class Adapters(AdaptersServicer):
         events = self._ledger.watch(
             _tenant(), after=after, adapter=request.adapter, heartbeat_s=HEARTBEAT_S
         )
-        async with contextlib.aclosing(events):
-            async for event in events:
-                if isinstance(event, EventRecord):
-                    yield pb.WatchAdaptersResponse(event=codec.encode_event(event))
-                else:
-                    yield pb.WatchAdaptersResponse(heartbeat=pb.WatchHeartbeat(sequence=event))
+        with self._admission.slot():
+            async with contextlib.aclosing(events):
+                async for event in events:
+                    if isinstance(event, EventRecord):
+                        yield pb.WatchAdaptersResponse(event=codec.encode_event(event))
+                    else:
+                        yield pb.WatchAdaptersResponse(heartbeat=pb.WatchHeartbeat(sequence=event))
 
     async def _version(self, key: VersionKey) -> pb.AdapterVersion:
         return await self._encoded(await self._registry.version(*key))

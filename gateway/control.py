@@ -51,6 +51,8 @@ from store.uploads import UploadStore
 
 logger = logging.getLogger(__name__)
 
+MAX_STREAMS = 256
+"""Watches and evaluations at once: each event is read from the database for each watch."""
 SWEEP_INTERVAL_S = 3600.0
 """How often uploads that nobody went on with are dropped."""
 
@@ -77,7 +79,7 @@ class ControlPlane:
         self._ledger = Ledger(registry, self._processes)
         self._arms = Arms()
         self._judgement = Judgement(registry, self._ledger, self._arms, self._processes)
-        self._admission = Admission()
+        self._admission = Admission(MAX_STREAMS)
         self._tracing = Tracing(settings.otlp_endpoint)
         self._residencies: dict[str, Residency] = {}
         self._residents: list[Residents] = []
@@ -218,7 +220,13 @@ class ControlPlane:
             interceptors=[EdgeInterceptor(edge, HOST_SERVICES)], options=list(OPTIONS)
         )
         adapters = Adapters(
-            catalog, self._ledger, self._registry, self._uploads, self._judgement, evaluations
+            catalog,
+            self._ledger,
+            self._registry,
+            self._uploads,
+            self._judgement,
+            evaluations,
+            self._admission,
         )
         add_AdaptersServicer_to_server(adapters, server)
         return server

@@ -67,6 +67,7 @@ class Evaluations:
         if unknown:
             wrong.append(Violation("scorers", f"has unknown values: {unknown[:3]}"))
         codec.refuse(wrong)
+        await self._registry.adapter(tenant, request.adapter)  # also if only 0 is asked for
         for version in request.versions[:64]:
             if version:
                 record = await self._registry.version(tenant, request.adapter, version)
@@ -95,7 +96,10 @@ class Evaluations:
             with self._sources.resolve(folder).open() as files:
                 content = b"".join(files.chunks(name, MAX_DATASET_BYTES))
         except SourceUnusable as error:
-            raise InvalidRequest(Violation("dataset_uri", str(error))) from error
+            what, _, _ = str(error).partition(";")
+            raise InvalidRequest(
+                Violation("dataset_uri", f"{what}; name a JSON Lines file of examples")
+            ) from error
         return parse_jsonl(content)
 
     async def _has_capacity(self) -> bool:

@@ -100,7 +100,10 @@ class Judgement:
         while True:
             await asyncio.sleep(GUARD_INTERVAL_S)
             for record in list(self._ledger.guarded.values()):
-                await self._guard(record)
+                try:
+                    await self._guard(record)
+                except Exception:  # of one adapter; the others are guarded on
+                    logger.exception("cannot guard adapter %s", record.adapter)
 
     async def _guard(self, record: AdapterRecord) -> None:
         assert record.guard is not None

@@ -5,9 +5,11 @@ A release of vLLM that moves any of it fails here, with the name, before it fail
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import inspect
 import re
+import sys
 from collections.abc import Callable
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -16,8 +18,10 @@ from typing import Any
 import pytest
 import vllm
 from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.lora.layers.logits_processor import LogitsProcessorWithLoRA
 from vllm.lora.peft_helper import PEFTHelper
 from vllm.lora.request import LoRARequest
+from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.renderers import BaseRenderer
 from vllm.sampling_params import SamplingParams
@@ -70,6 +74,7 @@ CALLS: list[tuple[Callable[..., Any], list[str]]] = [
     (RequestOutputCollector.get_nowait, []),
     (OutputProcessor.propagate_error, ["e"]),
     (EngineCoreProc.abort_requests, ["request_ids"]),
+    (Scheduler.get_request_counts, []),
     (EngineCoreProc._handle_client_request, ["request_type", "request"]),
     (CoreEngineProcManager.sentinels, []),
     (CoreEngineProcManager.shutdown, ["timeout"]),
@@ -126,7 +131,7 @@ def test_structs_have_the_fields_that_we_set_or_read() -> None:
     assert {"prompt_logprobs", "metrics", "num_cached_tokens", "finished"} <= set(
         inspect.signature(RequestOutput.__init__).parameters
     )
-    assert "client_index" in inspect.signature(Request.__init__).parameters
+    assert {"client_index", "lora_request"} <= set(inspect.signature(Request.__init__).parameters)
 
 
 def test_sources_hold_what_no_signature_shows() -> None:
@@ -147,6 +152,10 @@ def test_sources_hold_what_no_signature_shows() -> None:
         (CoreEngineProcManager.__init__, "self.processes"),
         (CoreEngineProcManager.__init__, 'else "EngineCore"'),
         (Scheduler.__init__, "self.requests"),
+        # What counts the requests of one process on one adapter, and of all.
+        (Request.__init__, "self.client_index = client_index"),
+        (Request.__init__, "self.lora_request = lora_request"),
+        (Scheduler.get_request_counts, "return len(self.running), len(self.waiting)"),
         # A client that is attached learns of its core's death from this flag alone.
         (AsyncMPClient.ensure_alive, "self.resources.engine_dead"),
     ):
@@ -158,8 +167,32 @@ def test_vllm_finds_the_plugin_and_it_adds_its_utilities() -> None:
     names = {point.value for point in entry_points(group="vllm.general_plugins")}
     assert "engine.core_plugin:register" in names
     core_plugin.register()
-    for utility in ("gateway_adopt", "gateway_abort_client", "gateway_stop"):
+    for utility in (
+        *("gateway_adopt", "gateway_abort_client", "gateway_requests_of", "gateway_load"),
+        "gateway_stop",
+    ):
         assert callable(getattr(EngineCoreProc, utility))
+
+
+def test_the_logits_that_are_replaced_are_there_and_called_as_before() -> None:
+    # In a process of its own, `register` has not replaced it yet.
+    source = inspect.getsource(sys.modules[LogitsProcessorWithLoRA.__module__])
+    (replaced,) = (
+        node
+        for kind in ast.parse(source).body
+        if isinstance(kind, ast.ClassDef) and kind.name == LogitsProcessorWithLoRA.__name__
+        for node in kind.body
+        if isinstance(node, ast.FunctionDef) and node.name == "_get_logits"
+    )
+    ours = inspect.signature(core_plugin.logits_without_lora)
+    assert [argument.arg for argument in replaced.args.args] == list(ours.parameters)
+    assert len(replaced.args.defaults) == 2 and not replaced.args.kwonlyargs
+    # What ours passes on, in this order.
+    wanted = ["self", "hidden_states", "lm_head", "embedding_bias", "skip_gather"]
+    assert list(inspect.signature(LogitsProcessor._get_logits).parameters) == wanted
+    assert "self._get_logits(" in inspect.getsource(LogitsProcessor.forward)
+    assert "self.base_layer = base_layer" in inspect.getsource(LogitsProcessorWithLoRA.__init__)
+    assert "forward" in LogitsProcessorWithLoRA.__dict__, "it calls the base's with itself as self"
 
 
 def test_our_limits_stay_within_those_that_end_vllms_gpu_runner() -> None:

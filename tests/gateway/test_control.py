@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from prometheus_client import REGISTRY
 
-from engine.errors import AdapterInvalid
+from engine.errors import AdapterInvalid, ShardUnavailable
 from engine.generation import VersionKey
 from gateway.channel import Want
 from lora_gateway.v1 import adapters_pb2 as pb
@@ -129,6 +129,19 @@ async def test_closing_does_not_wait_for_a_load_that_hangs(
             await plane.control.close()
     async with control_plane(tmp_path, monkeypatch) as plane:
         assert (await plane.until("sql", 1, pb.VERSION_STATE_READY)).weight == 100
+
+
+async def test_what_comes_to_its_load_after_the_end_does_not_wait_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with control_plane(tmp_path, monkeypatch) as plane:
+        version = await plane.ready()
+        request = pb.UnloadAdapterVersionRequest(adapter="sql", version=1)
+        await plane.stub.UnloadAdapterVersion(request)
+        await plane.control.close()
+        async with asyncio.timeout(CLOSE_S):
+            with pytest.raises(ShardUnavailable):
+                await plane.control.adopt("sql", Path(version.source_uri))
 
 
 async def test_closing_waits_for_files_that_are_being_kept(

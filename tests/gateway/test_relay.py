@@ -192,7 +192,7 @@ async def test_the_callers_deadline_reaches_the_host(relayed: Relayed) -> None:
         await relayed.stub.GetAdapterVersion(pb.GetAdapterVersionRequest(), timeout=0.5)
     assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
     assert relayed.host.remaining_s is not None
-    assert 0 < relayed.host.remaining_s <= 0.5
+    assert 0 < relayed.host.remaining_s < 0.6, "gRPC rounds it on its way"
     await happens(relayed.host.cancelled)
     assert await relayed.gateway.admission.wait_idle(TIMEOUT_S)
 

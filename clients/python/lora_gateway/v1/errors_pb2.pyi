@@ -135,7 +135,7 @@ class _ErrorReasonEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._En
     ERROR_REASON_CONTROL_PLANE_UNAVAILABLE: _ErrorReason.ValueType  # 24
     """ERROR_REASON_CONTROL_PLANE_UNAVAILABLE: the process that answers this
     service is starting, ending or gone. Inference may still be served.
-    Code UNAVAILABLE with RetryInfo.
+    Code UNAVAILABLE with RetryInfo. Metadata: none.
     """
     ERROR_REASON_STORAGE_FULL: _ErrorReason.ValueType  # 25
     """ERROR_REASON_STORAGE_FULL: the disk of the state folder, or what uploads
@@ -155,7 +155,8 @@ class _ErrorReasonEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._En
     ERROR_REASON_UPLOAD_OFFSET_MISMATCH: _ErrorReason.ValueType  # 41
     """ERROR_REASON_UPLOAD_OFFSET_MISMATCH: a chunk does not begin where the
     upload stands, or another call is writing to it. Ask QueryUpload.
-    Code FAILED_PRECONDITION. Metadata: `upload_id`, `offset` (expected next).
+    Code FAILED_PRECONDITION. Metadata: `upload_id`, and unless another call is
+    writing `offset` (expected next).
     """
     ERROR_REASON_CHECKSUM_MISMATCH: _ErrorReason.ValueType  # 42
     """ERROR_REASON_CHECKSUM_MISMATCH: what arrived has another sha256 than was
@@ -312,7 +313,7 @@ Code DEADLINE_EXCEEDED. Metadata: `deadline_s`, `tokens_emitted`.
 ERROR_REASON_CONTROL_PLANE_UNAVAILABLE: ErrorReason.ValueType  # 24
 """ERROR_REASON_CONTROL_PLANE_UNAVAILABLE: the process that answers this
 service is starting, ending or gone. Inference may still be served.
-Code UNAVAILABLE with RetryInfo.
+Code UNAVAILABLE with RetryInfo. Metadata: none.
 """
 ERROR_REASON_STORAGE_FULL: ErrorReason.ValueType  # 25
 """ERROR_REASON_STORAGE_FULL: the disk of the state folder, or what uploads
@@ -332,7 +333,8 @@ Code NOT_FOUND with ResourceInfo. Metadata: `upload_id`.
 ERROR_REASON_UPLOAD_OFFSET_MISMATCH: ErrorReason.ValueType  # 41
 """ERROR_REASON_UPLOAD_OFFSET_MISMATCH: a chunk does not begin where the
 upload stands, or another call is writing to it. Ask QueryUpload.
-Code FAILED_PRECONDITION. Metadata: `upload_id`, `offset` (expected next).
+Code FAILED_PRECONDITION. Metadata: `upload_id`, and unless another call is
+writing `offset` (expected next).
 """
 ERROR_REASON_CHECKSUM_MISMATCH: ErrorReason.ValueType  # 42
 """ERROR_REASON_CHECKSUM_MISMATCH: what arrived has another sha256 than was
