@@ -11,20 +11,20 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections import Counter
 from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from engine.adapters import AdapterFacts
-from engine.errors import AdapterInvalid, AdapterLoadFailed, EngineError
+from engine.errors import AdapterInvalid, AdapterLoadFailed, EngineError, GenerationFailed
 from engine.generation import ServedVersion, VersionKey
 from engine.intake import UPLOAD_SCHEME, Announced, Inspected, Intake
 from engine.ledger import Ledger
 from engine.pool import ShardPool
 from engine.probe import Probe
 from engine.residency import Place, Residency
+from engine.shelf import Shelf, finished, to_its_end
 from store.artifacts import ArtifactDamaged, ArtifactStore
 from store.records import (
     AdapterRecord,
@@ -38,7 +38,7 @@ from store.records import (
 )
 from store.registry import Registry
 from store.sources import SourceNotAllowed
-from store.uploads import UploadStore
+from store.uploads import UploadBusy, UploadStore
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ class AdapterCatalog:
         """Changes go through `ledger`; `registry` is read."""
         self._ledger = ledger
         self._registry = registry
-        self._store = store
+        self._shelf = Shelf(store, registry)
         self._uploads = uploads
         self._intake = intake
         self._residencies: Mapping[str, Residency] = {}
@@ -73,12 +73,15 @@ class AdapterCatalog:
         self._probe: Probe | None = None
         self._candidates: dict[VersionKey, ServedVersion] = {}
         """Versions that are loaded and probed before they are READY."""
-        self._kept: Counter[str] = Counter()
-        """Digests that validations rely on; the registry does not know of them yet."""
-        self._files = asyncio.Lock()
-        """Held while artifacts are kept or removed: versions may share one."""
-        self._work: dict[VersionKey, asyncio.Task[None]] = {}
-        """Validations and deletions that run."""
+        self._work: dict[tuple[VersionKey, VersionState], asyncio.Task[None]] = {}
+        """Validations and deletions that run, by the state that they are to end."""
+        self._begun: set[asyncio.Task[Any]] = set()
+        """Steps that go on when their caller leaves."""
+
+    @property
+    def running(self) -> int:
+        """Validations and deletions that run or wait for their turn."""
+        return len(self._work)
 
     def serve_on(self, residencies: Mapping[str, Residency], pool: ShardPool, probe: Probe) -> None:
         """Load and probe on these shards from now on."""
@@ -86,6 +89,7 @@ class AdapterCatalog:
 
     async def resume(self) -> None:
         """Go on with what the last process left undone, and sweep what it left over."""
+        await self._shelf.sweep()
         for record in await self._registry.versions_in(VersionState.VALIDATING):
             logger.info("goes on with the validation of %s", _name(record))
             self._begin_work(record, self._validate(record))
@@ -95,9 +99,10 @@ class AdapterCatalog:
 
     async def close(self) -> None:
         """Stop what runs; the next start goes on with it."""
-        for task in self._work.values():
-            task.cancel()
-        await asyncio.gather(*self._work.values(), return_exceptions=True)
+        while self._work or self._begun:
+            for task in self._work.values():
+                task.cancel()
+            await asyncio.wait({*self._work.values(), *self._begun})
 
     # --- from a source to READY ---------------------------------------------
 
@@ -117,6 +122,9 @@ class AdapterCatalog:
         """
         if not new.source_uri.startswith(UPLOAD_SCHEME):
             self._intake.check_source(new.adapter, new.source_uri)
+        return await self._surely(self._create(new, request_id, actor))
+
+    async def _create(self, new: NewVersion, request_id: str, actor: str) -> VersionRecord:
         record = await self._ledger.begin(new, request_id=request_id, actor=actor)
         if record.state is VersionState.VALIDATING:
             self._begin_work(record, self._validate(record))
@@ -125,7 +133,7 @@ class AdapterCatalog:
     async def settled(self, record: VersionRecord) -> VersionRecord:
         """The version once it is READY. Raises AdapterInvalid when it fails."""
         key = _key(record)
-        if (work := self._work.get(key)) is not None:
+        if (work := self._work.get((key, VersionState.VALIDATING))) is not None:
             await asyncio.shield(work)
         record = await self._registry.version(*key)
         if record.state is VersionState.FAILED:
@@ -139,7 +147,7 @@ class AdapterCatalog:
         async with self._intake.inspect_folder(adapter, folder) as inspected:
             found = await self._registry.find_ready(tenant, adapter, inspected.staged.digest)
             if found is not None:
-                await _to_its_end(asyncio.to_thread(inspected.staged.commit))  # if gone
+                await to_its_end(inspected.staged.commit)  # if the folder is gone
                 return found
             record = await self._begin_adopted(
                 NewVersion(tenant, adapter, str(folder)), inspected.staged.digest
@@ -162,6 +170,9 @@ class AdapterCatalog:
 
     async def _validate(self, record: VersionRecord) -> None:
         """From VALIDATING to READY or FAILED. If a shard dies, the next start goes on."""
+        record = await self._registry.version(*_key(record))
+        if record.state is not VersionState.VALIDATING:
+            return  # since it was looked at
         announced = Announced(record.expected_sha256, record.fingerprints)
         try:
             async with self._intake.inspect(
@@ -170,8 +181,7 @@ class AdapterCatalog:
                 await self._admit(record, inspected)
         except AdapterInvalid as error:
             await self._refuse(record, error.findings)
-        except (SourceNotAllowed, ArtifactDamaged) as error:
-            # Not allowed any more: the gateway was started anew.
+        except (SourceNotAllowed, ArtifactDamaged) as error:  # allowed before a restart
             await self._refuse(record, [str(error)])
         except OSError as error:
             logger.error("%s: %s", _name(record), error)
@@ -179,25 +189,23 @@ class AdapterCatalog:
             await self._refuse(record, [reason])
         if record.source_uri.startswith(UPLOAD_SCHEME):
             upload_id = record.source_uri.removeprefix(UPLOAD_SCHEME)
-            await asyncio.to_thread(self._uploads.drop, record.tenant, upload_id)
+            with contextlib.suppress(UploadBusy, OSError):  # else it is swept
+                await asyncio.to_thread(self._uploads.drop, record.tenant, upload_id)
 
     async def _admit(self, record: VersionRecord, inspected: Inspected) -> None:
         """Keep the files, load and probe the version, make it READY. Raises AdapterInvalid;
         then nothing of it is left in the store or in an engine."""
         key, content = _key(record), _content(inspected)
-        async with self._files:
-            artifact = await _to_its_end(asyncio.to_thread(inspected.staged.commit))
-            self._kept[content.digest] += 1
-        self._candidates[key] = _served(record, content.digest, artifact.path)
         ready = False
         try:
-            await self._try_out(key)
-            await _to_its_end(self._ledger.complete(key, content, actor=GATEWAY))
+            async with self._shelf.keeping(inspected.staged) as artifact:
+                self._candidates[key] = _served(record, content.digest, artifact.path)
+                await self._try_out(key)
+                await finished(self._ledger.complete(key, content, actor=GATEWAY))
             ready = True
             logger.info("%s is READY: rank %d", _name(record), content.rank)
         finally:
-            del self._candidates[key]
-            self._kept[content.digest] -= 1
+            self._candidates.pop(key, None)
             if not ready:
                 await asyncio.shield(self._forget(key, content.digest))
 
@@ -210,6 +218,8 @@ class AdapterCatalog:
                 findings = await self._probe.findings(version)
         except AdapterLoadFailed as error:
             findings = [error.reason]
+        except GenerationFailed as error:
+            findings = [f"the engine cannot answer with it: {error}"]
         if findings:
             raise AdapterInvalid(key.adapter, findings, key.version)
 
@@ -224,6 +234,9 @@ class AdapterCatalog:
 
         Cancelled, it goes on. Raises VersionInUse, TransitionRefused, VersionUnknown.
         """
+        return await self._surely(self._delete(key, actor))
+
+    async def _delete(self, key: VersionKey, actor: str) -> VersionRecord:
         record = await self._ledger.drain(key, actor=actor)
         if record.state is VersionState.DRAINING:
             await asyncio.shield(self._begin_work(record, self._finish_deletion(record)))
@@ -233,6 +246,8 @@ class AdapterCatalog:
 
     async def _finish_deletion(self, record: VersionRecord) -> None:
         key = _key(record)
+        if (validation := self._work.get((key, VersionState.VALIDATING))) is not None:
+            await asyncio.wait((validation,))  # READY, and still putting things away
         await self.unload(key)
         await self._ledger.delete(key, actor=GATEWAY)
         if record.content is not None:
@@ -240,11 +255,9 @@ class AdapterCatalog:
         logger.info("%s is DELETED", _name(record))
 
     async def _forget(self, key: VersionKey, digest: str) -> None:
-        """Take a version out of all engines, and remove its files if no other has them."""
+        """Out of all engines; and its files are removed if no other version has them."""
         await self.unload(key)
-        async with self._files:
-            if not self._kept[digest] and not await self._registry.digest_in_use(digest):
-                await asyncio.to_thread(self._store.remove, digest)
+        await self._shelf.remove_unused(digest)
 
     # --- traffic ------------------------------------------------------------
 
@@ -303,7 +316,7 @@ class AdapterCatalog:
         if record.state is not VersionState.READY or record.content is None:
             raise AdapterLoadFailed(key.adapter, key.version, f"it is {record.state.name}")
         try:
-            artifact = await asyncio.to_thread(self._store.open_verified, record.content.digest)
+            artifact = await self._shelf.verified(record.content.digest)
         except ArtifactDamaged as error:
             raise AdapterLoadFailed(key.adapter, key.version, str(error)) from error
         return _served(record, record.content.digest, artifact.path)
@@ -311,20 +324,21 @@ class AdapterCatalog:
     async def with_new_id(self, version: ServedVersion) -> ServedVersion:
         """The same version under an id that no engine has seen."""
         minted = await self._registry.mint_lora_int_id(*version.key)
-        return replace(version, lora_int_id=minted)
-
-    # --- work ---------------------------------------------------------------
+        renamed = replace(version, lora_int_id=minted)
+        if version.key in self._candidates:  # may be loaded again before it is READY
+            self._candidates[version.key] = renamed
+        return renamed
 
     def _begin_work(
         self, record: VersionRecord, work: Coroutine[Any, Any, None]
     ) -> asyncio.Task[None]:
         """Run a validation or deletion, once at a time for each version."""
-        key = _key(record)
-        if key in self._work:
+        name = _key(record), record.state
+        if name in self._work:
             work.close()
-            return self._work[key]
-        task = self._work[key] = asyncio.create_task(self._until_done(record, work))
-        task.add_done_callback(lambda task: self._end_work(key, task))
+            return self._work[name]
+        task = self._work[name] = asyncio.create_task(self._until_done(record, work))
+        task.add_done_callback(lambda task: self._end_work(name, task))
         return task
 
     async def _until_done(self, record: VersionRecord, work: Coroutine[Any, Any, None]) -> None:
@@ -338,21 +352,17 @@ class AdapterCatalog:
                 raise
             await self._refuse(record, [INTERNAL_FINDING])
 
-    def _end_work(self, key: VersionKey, task: asyncio.Task[None]) -> None:
-        del self._work[key]
+    def _end_work(self, name: tuple[VersionKey, VersionState], task: asyncio.Task[None]) -> None:
+        del self._work[name]
         if not task.cancelled() and (error := task.exception()) is not None:
-            logger.error("%s: left for the next start: %s", key, error)
+            logger.error("%s: left for the next start: %s", name[0], error)
 
-
-async def _to_its_end(work: Coroutine[Any, Any, T]) -> T:
-    """Do what must not be left half done, also if we are cancelled: files that are kept must not
-    be dropped meanwhile."""
-    task = asyncio.ensure_future(work)
-    try:
+    async def _surely(self, work: Coroutine[Any, Any, VersionRecord]) -> VersionRecord:
+        """Do `work` to its end, also if its caller leaves."""
+        task = asyncio.create_task(work)
+        self._begun.add(task)
+        task.add_done_callback(self._begun.discard)
         return await asyncio.shield(task)
-    except asyncio.CancelledError:
-        await asyncio.wait((task,))
-        raise
 
 
 def _key(record: VersionRecord) -> VersionKey:

@@ -14,7 +14,7 @@ import threading
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from engine.adapters import AdapterFacts, check_adapter
 from engine.base_model import ModelFingerprints, ModuleShapes
@@ -106,17 +106,28 @@ class Intake:
     async def _inspect(
         self, tenant: str, adapter: str, source: str | Path, announced: Announced
     ) -> AsyncIterator[Inspected]:
-        async with self._places:
-            staging = _in_thread(lambda: self._stage(tenant, adapter, source))
-            try:
-                staged = await asyncio.shield(staging)
-            except asyncio.CancelledError:
-                staging.add_done_callback(_drop)  # a thread cannot be cancelled
-                raise
+        staging = await self._in_place(lambda: self._stage(tenant, adapter, source))
+        try:
+            staged = await asyncio.shield(staging)
+        except asyncio.CancelledError:
+            staging.add_done_callback(_drop)  # a thread cannot be cancelled
+            raise
         with staged:
-            async with self._places:
-                inspected = await _in_thread(lambda: self._check(adapter, staged, announced))
-            yield inspected
+            checking = await self._in_place(lambda: self._check(adapter, staged, announced))
+            yield await asyncio.shield(checking)
+
+    async def _in_place(self, work: Callable[[], T]) -> asyncio.Future[T]:
+        """Begin `work` in a thread once there is a place, which it keeps until it has ended,
+        whoever waits for it or does not."""
+        await self._places.acquire()
+        running = in_daemon_thread(work)
+        running.add_done_callback(self._leave_place)
+        return running
+
+    def _leave_place(self, ended: asyncio.Future[Any]) -> None:
+        self._places.release()
+        if not ended.cancelled():
+            ended.exception()
 
     def _stage(self, tenant: str, adapter: str, source: str | Path) -> StagedArtifact:
         try:
@@ -164,7 +175,7 @@ class Intake:
         return findings
 
 
-def _in_thread(function: Callable[[], T]) -> asyncio.Future[T]:
+def in_daemon_thread(function: Callable[[], T]) -> asyncio.Future[T]:
     """Run `function` in a thread that the exit of the process does not wait for: a source may
     be a server that does not answer."""
     loop = asyncio.get_running_loop()

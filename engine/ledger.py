@@ -8,6 +8,7 @@ A change that was begun is finished, whoever asked for it leaves meanwhile.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Sequence
 from typing import Any, Protocol, TypeAlias, TypeVar
 
@@ -27,6 +28,8 @@ from store.registry import Registry
 
 EVENTS_PER_READ = 256
 """Events that a watcher reads at once; a slow one holds no more in memory."""
+
+MAX_FINDINGS, MAX_FINDING_CHARACTERS = 64, 1000
 
 Record = TypeVar("Record")
 
@@ -91,7 +94,8 @@ class Ledger:
         return await self._commit(change)
 
     async def fail(self, key: VersionKey, findings: Sequence[str], *, actor: str) -> VersionRecord:
-        """FAILED, for these reasons."""
+        """FAILED, for these reasons, as far as events and lists can carry them."""
+        findings = [finding[:MAX_FINDING_CHARACTERS] for finding in findings[:MAX_FINDINGS]]
 
         async def change() -> tuple[VersionRecord, Awaitable[None]]:
             return await self._registry.fail_version(*key, findings, actor=actor), _nothing()
@@ -152,7 +156,8 @@ class Ledger:
         everything was told.
         """
         yield after
-        heartbeat_due = False
+        clock = asyncio.get_running_loop().time
+        due_s = clock() + heartbeat_s
         while True:
             changed = self._changed  # before the reads: what comes after them sets this
             newest = await self._registry.last_sequence()
@@ -162,15 +167,14 @@ class Ledger:
             for event in events:
                 after = event.sequence
                 yield event
+                due_s = clock() + heartbeat_s
             if len(events) == EVENTS_PER_READ:
                 continue
-            if heartbeat_due:
+            if clock() >= due_s:
                 yield max(newest, after)
-            try:
-                await asyncio.wait_for(changed.wait(), heartbeat_s)
-                heartbeat_due = False
-            except TimeoutError:
-                heartbeat_due = True
+                due_s = clock() + heartbeat_s
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(changed.wait(), max(0.0, due_s - clock()))
 
     async def _commit_split(self, transaction: Coroutine[Any, Any, AdapterRecord]) -> AdapterRecord:
         async def change() -> tuple[AdapterRecord, Awaitable[None]]:

@@ -235,6 +235,8 @@ class Residency:
                 version = await self._versions.with_new_id(version)
             except ShardUnavailable:
                 self._observe_load(self.shard, time.monotonic() - begin_s, False)
+                # The engine may still load or remove it under this id.
+                await self._versions.with_new_id(version)
                 raise
             else:
                 duration_s = time.monotonic() - begin_s

@@ -16,7 +16,7 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from engine.errors import AdapterLoadFailed, EngineError
+from engine.errors import AdapterLoadFailed
 from engine.generation import ServedVersion, VersionKey
 
 logger = logging.getLogger(__name__)
@@ -133,7 +133,7 @@ class Residents:
         try:
             while await self._in_core(resident.version.lora_int_id):  # noqa: ASYNC110  it tells no one
                 await asyncio.sleep(CORE_POLL_S)
-        except (EngineError, TimeoutError) as error:
+        except Exception as error:  # whatever it is, the host must not wait for ever
             logger.warning("%s: the core does not answer: %s", resident.version.lora_name, error)
         left()
 

@@ -94,6 +94,7 @@ class VllmShard:
         self._engine = engine
         self._name = name
         self._client_index = client_index
+        self._removals: set[asyncio.Task[bool]] = set()
         self._renderer = PromptRenderer(engine.renderer, engine.vllm_config)
         self._max_model_len = int(engine.model_config.max_model_len)
         self._checks = ThreadPoolExecutor(2, thread_name_prefix="structured-output")
@@ -274,14 +275,29 @@ class VllmShard:
         """
         lora = _lora_request(version)
         assert lora is not None
+        from vllm.v1.engine.exceptions import EngineDeadError
+
         try:
             await asyncio.wait_for(self._engine.add_lora(lora), UTILITY_TIMEOUT_S)
         except TimeoutError as error:
+            # It may succeed yet, and nobody would know of it. The core does this after it.
+            removal = asyncio.create_task(self._engine.remove_lora(version.lora_int_id))
+            self._removals.add(removal)
+            removal.add_done_callback(self._forget_removal)
+            raise ShardUnavailable(self._name) from error
+        except EngineDeadError as error:
             raise ShardUnavailable(self._name) from error
         except Exception as error:  # the type is lost on the way from the core (core.py:1736)
+            if self.broken:
+                raise ShardUnavailable(self._name) from error
             with contextlib.suppress(Exception):
                 await self.unload(version)
             raise GenerationFailed(str(error)) from error
+
+    def _forget_removal(self, removal: asyncio.Task[bool]) -> None:
+        self._removals.discard(removal)
+        if not removal.cancelled():
+            removal.exception()
 
     async def unload(self, version: ServedVersion) -> None:
         """Remove an adapter from the engine. Nothing may be running on it.
@@ -335,6 +351,8 @@ class VllmShard:
 
     def close(self) -> None:
         """Let go of the core, which runs on. Blocks for a moment; safe to call twice."""
+        for removal in self._removals:
+            removal.cancel()
         self._checks.shutdown(wait=False, cancel_futures=True)
         self._engine.shutdown(timeout=0)
 

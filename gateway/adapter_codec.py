@@ -83,6 +83,7 @@ def decode_create(request: pb.CreateAdapterVersionRequest, tenant: str) -> NewVe
         *name_violations(request.adapter),
         *_source_violations(request.source_uri, request.expected_sha256),
         *_label_violations(request.labels, "labels"),
+        *_fingerprint_violations(request.fingerprints, "fingerprints"),
     ]
     if len(request.request_id.encode()) > MAX_REQUEST_ID_BYTES:
         wrong.append(Violation("request_id", f"may have {MAX_REQUEST_ID_BYTES} bytes"))
@@ -102,7 +103,12 @@ def decode_create(request: pb.CreateAdapterVersionRequest, tenant: str) -> NewVe
 
 def decode_validate(request: pb.ValidateAdapterRequest) -> Announced:
     """What the adapter is to be compared with."""
-    refuse(_source_violations(request.source_uri, request.expected_sha256))
+    refuse(
+        [
+            *_source_violations(request.source_uri, request.expected_sha256),
+            *_fingerprint_violations(request.fingerprints, "fingerprints"),
+        ]
+    )
     return Announced(request.expected_sha256, _fingerprints(request.fingerprints))
 
 
@@ -112,6 +118,7 @@ def decode_upload(header: pb.UploadHeader) -> UploadPlan:
         *name_violations(header.adapter, "header.adapter"),
         *upload_id_violations(header.upload_id, "header.upload_id"),
         *_label_violations(header.labels, "header.labels"),
+        *_fingerprint_violations(header.fingerprints, "header.fingerprints"),
     ]
     if not 1 <= len(header.adapter_config) <= MAX_CONFIG_BYTES:
         wrong.append(Violation("header.adapter_config", f"must be 1 to {MAX_CONFIG_BYTES} bytes"))
@@ -241,6 +248,12 @@ def _label_violations(labels: Mapping[str, str], field: str) -> Iterable[Violati
             yield Violation(field, f"keys must be 1 to {MAX_LABEL_KEY_BYTES} bytes")
         if len(value.encode()) > MAX_LABEL_VALUE_BYTES:
             yield Violation(f"{field}[{key}]", f"may have {MAX_LABEL_VALUE_BYTES} bytes")
+
+
+def _fingerprint_violations(message: ModelFingerprints, field: str) -> Iterable[Violation]:
+    for name, value in _fingerprints(message).items():
+        if not DIGEST.fullmatch(value):
+            yield Violation(f"{field}.{name}", "must be 64 lower-case hex digits, or empty")
 
 
 def _fingerprints(message: ModelFingerprints) -> dict[str, str]:

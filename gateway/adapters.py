@@ -13,7 +13,7 @@ from engine.generation import VersionKey
 from engine.intake import UPLOAD_SCHEME
 from engine.ledger import Ledger
 from gateway import adapter_codec as codec
-from gateway.admission import Admission
+from gateway.admission import Admission, Overloaded
 from gateway.call import current_call
 from gateway.evaluation import Evaluations
 from gateway.exceptions import SequenceUnknown
@@ -29,9 +29,12 @@ from store.records import (
     VersionState,
 )
 from store.registry import Registry
-from store.uploads import Upload, UploadStore
+from store.upload_folder import full_disk_is_said
+from store.uploads import Upload, UploadPlan, UploadStore
 
 HEARTBEAT_S = 15.0
+MAX_RUNNING = 256
+"""Validations and deletions at once. A caller may name sources that take an hour."""
 UPLOAD_IDLE_S = 60.0
 """How long an upload may say nothing. What came is kept."""
 
@@ -78,7 +81,10 @@ class Adapters(AdaptersServicer):
     ) -> pb.ValidateAdapterResponse:
         announced = codec.decode_validate(request)
         try:
-            facts, content = await self._catalog.validate(_tenant(), request.source_uri, announced)
+            with full_disk_is_said():
+                facts, content = await self._catalog.validate(
+                    _tenant(), request.source_uri, announced
+                )
         except AdapterInvalid as error:
             return pb.ValidateAdapterResponse(
                 valid=False, findings=error.findings[: codec.MAX_FINDINGS]
@@ -89,6 +95,7 @@ class Adapters(AdaptersServicer):
         self, request: pb.CreateAdapterVersionRequest, context: Context
     ) -> pb.CreateAdapterVersionResponse:
         new = codec.decode_create(request, _tenant())
+        self._refuse_too_many()
         record = await self._catalog.create(new, request_id=request.request_id, actor=_actor())
         if request.wait:
             record = await self._catalog.settled(record)
@@ -102,7 +109,8 @@ class Adapters(AdaptersServicer):
         new = codec.version_of_upload(plan, _tenant())
         record = await self._registry.version_of_request(_tenant(), new.source_uri)
         if record is None:
-            upload = await _in_thread(self._uploads.open, _tenant(), plan)
+            self._refuse_too_many()
+            upload = await _opened(self._uploads, _tenant(), plan)
             try:
                 await _receive(request_iterator, upload)
                 await _in_thread(upload.finish)
@@ -254,6 +262,10 @@ class Adapters(AdaptersServicer):
                     else:
                         yield pb.WatchAdaptersResponse(heartbeat=pb.WatchHeartbeat(sequence=event))
 
+    def _refuse_too_many(self) -> None:
+        if self._catalog.running >= MAX_RUNNING:
+            raise Overloaded(MAX_RUNNING)
+
     async def _version(self, key: VersionKey) -> pb.AdapterVersion:
         return await self._encoded(await self._registry.version(*key))
 
@@ -272,6 +284,18 @@ def _tenant() -> str:
 
 def _actor() -> str:
     return current_call().principal.actor
+
+
+async def _opened(uploads: UploadStore, tenant: str, plan: UploadPlan) -> Upload:
+    """The upload, to be closed by the caller; if it is cancelled nobody else could."""
+    opened: list[Upload] = []
+    try:
+        await _in_thread(lambda: opened.append(uploads.open(tenant, plan)))
+    except asyncio.CancelledError:
+        for upload in opened:
+            await _in_thread(upload.close)
+        raise
+    return opened[0]
 
 
 async def _header(
@@ -303,7 +327,9 @@ async def _in_thread(function: Callable[..., T], *arguments: Any) -> T:
     try:
         return await asyncio.shield(running)
     except asyncio.CancelledError:
-        await asyncio.wait((running,))
+        while not running.done():  # however often we are cancelled
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.wait((running,))
         raise
 
 

@@ -261,6 +261,8 @@ def _welch(arm: _Mean, base: _Mean, confidence: float) -> Interval:
     error = arm.deviation / math.sqrt(arm.size)
     base_error = base.deviation / math.sqrt(base.size)
     difference, joint = arm.value - base.value, math.hypot(error, base_error)
+    if not math.isfinite(joint):
+        return Interval(-math.inf, math.inf)
     if joint == 0.0:
         return Interval(difference, difference)
     # Welch and Satterthwaite's degrees of freedom, by shares, whose squares do not overflow.

@@ -21,7 +21,7 @@ import grpc
 from engine.base_model import ModelFingerprints, ModuleShapes
 from engine.catalog import AdapterCatalog
 from engine.generation import ServedVersion, VersionKey
-from engine.intake import Intake
+from engine.intake import UPLOAD_SCHEME, Intake
 from engine.ledger import Ledger
 from engine.pool import ServedView, ShardPool
 from engine.probe import Probe
@@ -45,9 +45,10 @@ from gateway.workers import WorkerFleet
 from gateway.wrap import Edge, EdgeInterceptor
 from lora_gateway.v1.adapters_pb2_grpc import add_AdaptersServicer_to_server
 from store.artifacts import ArtifactStore
+from store.records import VersionState
 from store.registry import Registry
 from store.sources import AllowedSources
-from store.uploads import UploadStore
+from store.uploads import UploadBusy, UploadStore
 
 logger = logging.getLogger(__name__)
 
@@ -233,9 +234,16 @@ class ControlPlane:
 
     async def _sweep(self) -> None:
         while True:
-            await asyncio.sleep(SWEEP_INTERVAL_S)
             with contextlib.suppress(OSError):
-                for tenant, upload_id in await asyncio.to_thread(self._uploads.sweep):
-                    logger.info(
-                        "dropped upload %s of %s: nobody went on with it", upload_id, tenant
-                    )
+                await self._sweep_uploads()
+            await asyncio.sleep(SWEEP_INTERVAL_S)
+
+    async def _sweep_uploads(self) -> None:
+        """Drop uploads that nobody went on with, and complete ones that no version needs."""
+        await asyncio.to_thread(self._uploads.sweep)
+        for tenant, upload_id, is_old in await asyncio.to_thread(self._uploads.complete):
+            made = await self._registry.version_of_request(tenant, UPLOAD_SCHEME + upload_id)
+            if is_old if made is None else made.state is not VersionState.VALIDATING:
+                with contextlib.suppress(UploadBusy):
+                    await asyncio.to_thread(self._uploads.drop, tenant, upload_id)
+                    logger.info("dropped upload %s of %s: no version needs it", upload_id, tenant)

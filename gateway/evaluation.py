@@ -17,6 +17,7 @@ from engine.evaluation import (
 )
 from engine.examples import MAX_DATASET_BYTES, Example, parse_jsonl
 from engine.generation import Chat, ChatMessage, ServedVersion, VersionKey
+from engine.intake import in_daemon_thread
 from engine.pool import ShardPool
 from engine.scoring import Scorer
 from engine.shard import Shard, VllmShard
@@ -26,6 +27,9 @@ from store.artifacts import SourceUnusable
 from store.records import VersionNotReady, VersionState
 from store.registry import Registry
 from store.sources import AllowedSources
+
+MAX_READ_AT_ONCE = 4
+"""Datasets; each may be of a server that does not answer."""
 
 _SCORERS = {scorer: pb.Scorer.Value(f"SCORER_{scorer.name}") for scorer in Scorer}
 _SCORERS_BY_NUMBER = {number: scorer for scorer, number in _SCORERS.items()}
@@ -48,6 +52,7 @@ class Evaluations:
         self._pool = pool
         self._shard = shard
         self._max_running = max(1, max_num_seqs // 2)
+        self._reading = asyncio.Semaphore(MAX_READ_AT_ONCE)
 
     async def run(
         self, request: pb.EvaluateVersionRequest, tenant: str
@@ -74,7 +79,9 @@ class Evaluations:
                 if record.state is not VersionState.READY:
                     raise VersionNotReady(request.adapter, version, record.state)
         if request.dataset_uri:
-            examples: Sequence[Example] = await asyncio.to_thread(self._read, request.dataset_uri)
+            uri = request.dataset_uri
+            async with self._reading:
+                examples: Sequence[Example] = await in_daemon_thread(lambda: self._read(uri))
         else:
             examples = [
                 _example(example, f"examples[{index}]")
@@ -93,6 +100,9 @@ class Evaluations:
     def _read(self, dataset_uri: str) -> list[Example]:
         folder, _, name = dataset_uri.rpartition("/")
         try:
+            self._sources.resolve(dataset_uri)  # the name obeys the same rules as the folder
+            if not name:
+                raise SourceUnusable(f"{dataset_uri} names no file")
             with self._sources.resolve(folder).open() as files:
                 content = b"".join(files.chunks(name, MAX_DATASET_BYTES))
         except SourceUnusable as error:

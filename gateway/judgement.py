@@ -100,6 +100,7 @@ class Judgement:
         while True:
             await asyncio.sleep(GUARD_INTERVAL_S)
             for record in list(self._ledger.guarded.values()):
+                await asyncio.sleep(0)  # others run in between
                 try:
                     await self._guard(record)
                 except Exception:  # of one adapter; the others are guarded on

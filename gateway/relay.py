@@ -37,15 +37,16 @@ CHANNEL_OPTIONS = (
 class Relay(grpc.GenericRpcHandler):
     """Handlers of whole services. Owned by the worker, which closes it."""
 
-    def __init__(self, address: str, services: tuple[str, ...], edge: Edge) -> None:
-        """`address` is the host's, as gRPC names it; `services` are full names."""
-        self._prefixes = tuple(f"/{service}/" for service in services)
+    def __init__(self, address: str, paths: frozenset[str], edge: Edge) -> None:
+        """`address` is the host's, as gRPC names it; `paths` are `/service/method`. A path that
+        a caller makes up is no method: each would be a name in the metrics."""
+        self._paths = paths
         self._edge = edge
         self._channel = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
 
     def service(self, handler_call_details: grpc.HandlerCallDetails) -> Handler | None:
         path = handler_call_details.method
-        if not path.startswith(self._prefixes):
+        if path not in self._paths:
             return None
 
         async def relay(requests: AsyncIterator[bytes], context: Context) -> None:

@@ -28,6 +28,11 @@ SERVICES = (INFERENCE, ADAPTERS)
 """Full names of the services on the public address."""
 HOST_SERVICES = (ADAPTERS,)
 """Those that the host answers, and workers pass on."""
+HOST_PATHS = frozenset(
+    f"/{ADAPTERS}/{method.name}"
+    for method in adapters_pb2.DESCRIPTOR.services_by_name["Adapters"].methods
+)
+"""Paths of their methods."""
 ENDLESS_METHODS = frozenset({"WatchAdapters"})
 """Their calls end when the server drains: to wait for them would use up every grace."""
 _REFLECTION_V1 = "grpc.reflection.v1.ServerReflection"

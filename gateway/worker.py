@@ -48,7 +48,7 @@ from gateway.channel import (
 from gateway.inference import Inference
 from gateway.model_card import model_card
 from gateway.relay import Relay
-from gateway.server import ENDLESS_METHODS, HOST_SERVICES, GatewayServer
+from gateway.server import ENDLESS_METHODS, HOST_PATHS, GatewayServer
 from gateway.settings import configure_logging
 from gateway.tracing import Tracing
 from gateway.wrap import Edge
@@ -115,7 +115,7 @@ class Worker:
         info = self._shards[0].info
         card = model_card(settings, info, orders.fingerprints, self._admission.limit)
         inference = Inference(self._pool, self._admission, card)
-        self._relay = Relay(orders.control_address, HOST_SERVICES, edge)
+        self._relay = Relay(orders.control_address, HOST_PATHS, edge)
         self._server = GatewayServer(edge, inference, settings, self._relay)
         self._tasks: list[asyncio.Task[None]] = []
         self._done = asyncio.Event()
@@ -130,7 +130,8 @@ class Worker:
     def _ended(self, call: Call, code: str, end_s: float) -> None:
         """Note how a call ended: for metrics, and for the comparison of versions."""
         metrics.record(call, code, end_s)
-        if call.version:
+        # One that we ended ourselves, to drain for example, says nothing of its version.
+        if call.version and call.cut_by is None:
             self._reporter.record(Outcome.of(call, code, end_s))
 
     async def start(self) -> None:

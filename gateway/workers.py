@@ -163,6 +163,8 @@ class WorkerFleet:
         self._make_orders = make_orders
         self._after_death = after_death
         self._hear = hear
+        self._dying: set[WorkerProcess] = set()
+        """Dead, and what they left in the cores is not aborted yet."""
         self._questions: dict[int, _Question] = {}
         self._tickets = itertools.count(1)
         self._workers: set[WorkerProcess] = set()
@@ -213,7 +215,7 @@ class WorkerFleet:
         The question is sent before this returns. One that dies counts as having answered once
         what it left in the cores is aborted.
         """
-        asked = {worker for worker in self._workers if worker.slots}
+        asked = {worker for worker in self._workers if worker.slots} | self._dying
         ticket = next(self._tickets)
         self._questions[ticket] = _Question(asked)
         for worker in asked:
@@ -285,6 +287,7 @@ class WorkerFleet:
         metrics.worker_deaths.inc()
         logger.error("worker %d died while %s (exit code %s)", worker.pid, died_in.value, code)
         assert self._tasks is not None
+        self._dying.add(worker)
         self._tasks.create_task(self._clean_up(worker))
         if died_in is not WorkerState.SERVING:
             if not self._number(WorkerState.SERVING):
@@ -296,6 +299,7 @@ class WorkerFleet:
         try:
             await self._after_death(worker)
         finally:
+            self._dying.discard(worker)
             self._forget(worker)
 
     def _forget(self, worker: WorkerProcess) -> None:

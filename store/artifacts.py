@@ -227,6 +227,10 @@ class ArtifactStore:
             raise ValueError(f"not a digest: {digest!r}")
         return self._adapters / digest
 
+    def digests(self) -> list[str]:
+        """Digests of all that is stored."""
+        return [path.name for path in self._adapters.iterdir() if _DIGEST.fullmatch(path.name)]
+
     def _keep(self, staged: StagedArtifact) -> Artifact:
         path = self._path(staged.digest)
         if path.exists() or not self._move(staged.path, path):

@@ -202,6 +202,17 @@ class UploadStore:
                     self._release(tenant, upload_id)
         return dropped
 
+    def complete(self) -> list[tuple[str, str, bool]]:
+        """Complete uploads: tenant, id, and whether the limit of age is behind them."""
+        found = []
+        for tenant, upload_id in self._uploads():
+            with contextlib.suppress(FileNotFoundError, ValueError):  # dropped meanwhile, damaged
+                progress = self._folder(tenant, upload_id).progress()
+                if progress.complete:
+                    is_old = progress.time_s + self._ttl_s <= self._clock()
+                    found.append((tenant, upload_id, is_old))
+        return found
+
     def _is_stale(self, folder: UploadFolder) -> bool:
         if not folder.path.exists():  # dropped since it was listed
             return False

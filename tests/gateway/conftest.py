@@ -19,7 +19,7 @@ from gateway.admission import Admission
 from gateway.call import Call
 from gateway.inference import Inference
 from gateway.relay import Relay
-from gateway.server import HOST_SERVICES, GatewayServer
+from gateway.server import HOST_PATHS, GatewayServer
 from gateway.settings import Settings
 from gateway.tracing import Tracing
 from gateway.wrap import Edge
@@ -93,7 +93,7 @@ async def start_fake_gateway(
     pool = ShardPool([shard], {shard.name: residents}, view)
     admission = Admission(limit)
     edge = Edge(admission, tracing or Tracing(None), unary_deadline_s, stream_deadline_s, ended)
-    relay = None if host is None else Relay(host, HOST_SERVICES, edge)
+    relay = None if host is None else Relay(host, HOST_PATHS, edge)
     server = GatewayServer(edge, Inference(pool, admission, MODEL), settings, relay)
     port = server.bind("127.0.0.1:0", settings)
     await server.start()

@@ -1,0 +1,222 @@
+"""Several processes that send requests to one core, and the host that tells them what is loaded.
+
+All in memory, with the real `Residents` in each process. The core fails the test where vLLM's
+would be harmed: more adapters than it has room for, one removed under a request, an id that is
+used again after a failed load.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+from engine.errors import AdapterLoadFailed, GenerationFailed, ShardUnavailable
+from engine.generation import ServedVersion, VersionKey
+from engine.residency import Residency
+from engine.residents import Residents, Use
+
+SHARD = "shard-0"
+MOST_DELAY_S = 0.002
+"""How long a message is on its way at most, where there are delays."""
+
+
+class Core:
+    """What one engine has loaded, and which requests run on it."""
+
+    def __init__(self, places: int) -> None:
+        self.places = places
+        self.loaded: dict[int, ServedVersion] = {}
+        """By `lora_int_id`."""
+        self.requests: Counter[tuple[int, int]] = Counter()
+        """By process and `lora_int_id`."""
+        self.loads: list[VersionKey] = []
+        """Each attempt, in order."""
+        self.refusals: Counter[VersionKey] = Counter()
+        """How many of its next loads fail, by version."""
+        self.dead = False
+        self.may_load = asyncio.Event()
+        self.may_load.set()
+        self._spoiled: set[int] = set()
+
+    @property
+    def name(self) -> str:
+        return SHARD
+
+    @property
+    def keys(self) -> set[VersionKey]:
+        """What is loaded."""
+        return {version.key for version in self.loaded.values()}
+
+    async def load(self, version: ServedVersion) -> None:
+        self.loads.append(version.key)
+        await self.may_load.wait()
+        await asyncio.sleep(0)
+        if self.dead:
+            raise ShardUnavailable(SHARD)
+        assert version.lora_int_id not in self._spoiled, "half an adapter may have this id"
+        assert version.key not in self.keys, "loaded twice"
+        assert len(self.loaded) < self.places, "vLLM would drop another one by itself"
+        if self.refusals[version.key]:
+            self.refusals[version.key] -= 1
+            self._spoiled.add(version.lora_int_id)
+            raise GenerationFailed("shapes do not match")
+        self.loaded[version.lora_int_id] = version
+
+    async def unload(self, version: ServedVersion) -> None:
+        running = [id for (_, id), count in self.requests.items() if count]
+        assert version.lora_int_id not in running, "removed under a request"
+        await asyncio.sleep(0)
+        if self.dead:
+            raise ShardUnavailable(SHARD)
+        del self.loaded[version.lora_int_id]
+
+
+class Stock:
+    """Where versions lie that can be loaded: all that are put there."""
+
+    def __init__(self, *keys: VersionKey) -> None:
+        self._ids = 0
+        self.versions = {key: self._version(key) for key in keys}
+        self.refused: dict[VersionKey, str] = {}
+        """Why a version may not be loaded."""
+        self.fails: Exception | None = None
+        """What looking for any raises."""
+
+    def _version(self, key: VersionKey) -> ServedVersion:
+        self._ids += 1
+        return ServedVersion(*key, self._ids, f"/{key.adapter}/{key.version}", "digest")
+
+    async def find(self, key: VersionKey) -> ServedVersion:
+        await asyncio.sleep(0)
+        if self.fails is not None:
+            raise self.fails
+        if key in self.refused:
+            raise AdapterLoadFailed(key.adapter, key.version, self.refused[key])
+        return self.versions[key]
+
+    async def with_new_id(self, version: ServedVersion) -> ServedVersion:
+        self._ids += 1
+        renamed = replace(version, lora_int_id=self._ids)
+        self.versions[version.key] = renamed
+        return renamed
+
+
+class Link:
+    """Carries messages in their order; with `delays`, each arrives a while later."""
+
+    def __init__(self, delays: random.Random | None) -> None:
+        self._delays = delays
+        self._due_s = 0.0
+
+    def send(self, deliver: Callable[[], None]) -> None:
+        if self._delays is None:
+            deliver()
+            return
+        loop = asyncio.get_running_loop()
+        arrival_s = loop.time() + self._delays.uniform(0.0, MOST_DELAY_S)
+        self._due_s = max(arrival_s, self._due_s + 1e-6)  # never before the one that was sent first
+        loop.call_at(self._due_s, deliver)
+
+
+class Process:
+    """One process: its residents, its requests in the core, and its links to the host."""
+
+    def __init__(self, core: Core, index: int, delays: random.Random | None) -> None:
+        self._core = core
+        self._index = index
+        self.from_host, self._to_host = Link(delays), Link(delays)
+        self.residency: Residency | None = None
+        self.residents = Residents(self._ask, self._in_core)
+
+    def _ask(self, key: VersionKey) -> None:
+        assert self.residency is not None
+        want = self.residency.want
+        self._to_host.send(lambda: want(key))
+
+    async def _in_core(self, lora_int_id: int) -> int:
+        await asyncio.sleep(0)
+        return self._core.requests[self._index, lora_int_id]
+
+    def begin(self, version: ServedVersion) -> None:
+        """The core has a request of ours on that version from now on."""
+        assert version.lora_int_id in self._core.loaded, "vLLM would read it in the next step"
+        self._core.requests[self._index, version.lora_int_id] += 1
+
+    def forget(self, version: ServedVersion) -> None:
+        """The core knows one request less."""
+        self._core.requests[self._index, version.lora_int_id] -= 1
+
+    def answer(self, reply: Callable[[], None]) -> None:
+        """Tell the host something that it asked for."""
+        self._to_host.send(reply)
+
+
+class Crowd:
+    """The processes of one core, as its residency sees them."""
+
+    def __init__(self, core: Core, processes: int = 1, *, delays: random.Random | None = None):
+        self._core = core
+        self._delays = delays
+        self.processes = [Process(core, index, delays) for index in range(processes)]
+        self.residency: Residency | None = None
+        self.may_answer = asyncio.Event()
+        """While this is not set, nobody answers how it uses what is loaded."""
+        self.may_answer.set()
+
+    def serve(self, residency: Residency) -> None:
+        """Ask this residency from now on."""
+        self.residency = residency
+        for process in self.processes:
+            process.residency = residency
+
+    def join(self) -> Process:
+        """One more process, which is told first what is loaded now."""
+        assert self.residency is not None
+        process = Process(self._core, len(self.processes), self._delays)
+        process.residency = self.residency
+        resident = self.residency.resident()
+        process.from_host.send(lambda: process.residents.all_loaded(resident))
+        self.processes.append(process)
+        return process
+
+    def loaded(self, shard: str, version: ServedVersion) -> None:
+        for process in self.processes:
+            process.from_host.send(lambda p=process: p.residents.loaded(version))  # type: ignore[misc]
+
+    def failed(self, shard: str, key: VersionKey, reason: str) -> None:
+        for process in self.processes:
+            process.from_host.send(lambda p=process: p.residents.failed(key, reason))  # type: ignore[misc]
+
+    async def leave(self, shard: str, key: VersionKey) -> None:
+        await asyncio.gather(*(_left(process, key) for process in self.processes))
+
+    async def uses(self, shard: str) -> Mapping[VersionKey, Use]:
+        await self.may_answer.wait()
+        total: dict[VersionKey, Use] = {}
+        for uses in await asyncio.gather(*(_uses(process) for process in self.processes)):
+            for key, use in uses.items():
+                before = total.get(key, Use(0, 0.0))
+                total[key] = Use(before.holds + use.holds, max(before.last_use_s, use.last_use_s))
+        return total
+
+
+async def _left(process: Process, key: VersionKey) -> None:
+    left = asyncio.Event()
+    process.from_host.send(
+        lambda: process.residents.leave(key, lambda: process.answer(left.set)),
+    )
+    await left.wait()
+
+
+async def _uses(process: Process) -> Mapping[VersionKey, Use]:
+    answer: asyncio.Future[Mapping[VersionKey, Use]] = asyncio.get_running_loop().create_future()
+
+    def tell() -> None:
+        uses = process.residents.uses()
+        process.answer(lambda: answer.set_result(uses))
+
+    process.from_host.send(tell)
+    return await answer
