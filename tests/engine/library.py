@@ -35,7 +35,7 @@ TENANT = "acme"
 ME = "somebody"
 PRINTS = ModelFingerprints("c" * 64, "d" * 64, "e" * 64, "")
 PLACES = 2
-SOON_S = 10.0
+SOON_S = 30.0
 
 
 class ScriptedProbe(Probe):

@@ -13,7 +13,7 @@ from engine.residents import Resident
 from tests.engine.crowd import Core, Crowd, Process, Stock
 
 A, B, C, D = (VersionKey("acme", name, 1) for name in "abcd")
-SOON_S = 5.0
+SOON_S = 30.0
 
 
 @dataclass

@@ -43,10 +43,10 @@ async def test_it_waits_for_its_last_request_and_takes_no_more(at: Library) -> N
     route = at.pool.route(TENANT, "sql", 1, "")
     async with route.lease():
         deletions = [asyncio.create_task(at.delete(1)) for _ in range(2)]
-        await at.until(1, VersionState.DRAINING)
+        await happens(lambda: not at.residents.uses())  # it is handed out no more
+        assert await at.state(1) is VersionState.DRAINING
         with pytest.raises(VersionNotFound):
             at.pool.route(TENANT, "sql", 1, "")
-        await happens(lambda: not at.residents.uses())  # it is handed out no more
         late = asyncio.create_task(at.catalog.load(key(1)))
         await asyncio.sleep(0.02)
         assert not any(deletion.done() for deletion in deletions)

@@ -17,7 +17,7 @@ from store.uploads import UploadPlan, UploadStore
 from tests.engine.drafts import Draft, Spoil, configure
 from tests.engine.library import PRINTS, TENANT, make_intake
 
-SOON_S = 5.0
+SOON_S = 30.0
 TOO_WIDE = configure(r=4)
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 
@@ -30,10 +31,12 @@ from store.records import (
 )
 from store.sqlite_registry import SqliteRegistry
 
+T = TypeVar("T")
+
 TENANT = "acme"
 ME = "somebody"
 NEW = NewVersion(TENANT, "sql", "/sql")
-SOON_S = 5.0
+SOON_S = 30.0
 ONE, TWO = (Arm(1, 100),), (Arm(2, 100),)
 """All traffic to one version."""
 NEVER_S = 60.0
@@ -237,24 +240,39 @@ async def write(ledger: Ledger, seed: int) -> None:
         await set_traffic(ledger, Arm(1, weight), Arm(2, 1001 - weight))
 
 
+class TardyRegistry(SqliteRegistry):
+    """Its answers take a while, each another one, as those of a database elsewhere would."""
+
+    async def _call(self, function: Callable[[], T]) -> T:
+        answer = await super()._call(function)
+        await asyncio.sleep(random.uniform(0.0, 0.002))
+        return answer
+
+
 async def test_the_order_of_shows_is_the_order_of_transactions(
-    ledger: Ledger, audience: ScriptedAudience, registry: SqliteRegistry
+    tmp_path: Path, audience: ScriptedAudience
 ) -> None:
-    await make_ready(ledger, 2)
-    shown, before = len(audience.shown), await registry.last_sequence()
-    await asyncio.gather(*(write(ledger, seed) for seed in range(6)))
-    events = await registry.events(TENANT, after=before, limit=1000)
-    splits = [event.arms for event in events if event.kind is EventKind.TRAFFIC_SET]
-    assert len(splits) == 48
-    assert audience.arms[shown:] == splits
+    async with TardyRegistry(tmp_path / "tardy.sqlite") as registry:
+        ledger = Ledger(registry, audience)
+        await make_ready(ledger, 2)
+        shown, before = len(audience.shown), await registry.last_sequence()
+        begins = (ledger.begin(NEW, request_id="", actor=ME) for _ in range(12))
+        await asyncio.gather(*(write(ledger, seed) for seed in range(4)), *begins)
+        splits: list[tuple[Arm, ...]] = [ONE]
+        for event in await registry.events(TENANT, after=before, limit=1000):
+            splits.append(event.arms if event.kind is EventKind.TRAFFIC_SET else splits[-1])
+    assert len(splits) == 1 + 4 * 8 + 12
+    assert audience.arms[shown:] == splits[1:]
     assert ledger.view.tenants[TENANT]["sql"].split.arms == splits[-1]
 
 
-async def read(ledger: Ledger, after: int, until: int, adapter: str = "") -> list[EventRecord]:
+async def read(
+    ledger: Ledger, after: int, until: int, adapter: str = "", heartbeat_s: float = 0.01
+) -> list[EventRecord]:
     """Events up to a sequence number."""
     events: list[EventRecord] = []
     told = after
-    watch = ledger.watch(TENANT, after=after, adapter=adapter, heartbeat_s=0.01)
+    watch = ledger.watch(TENANT, after=after, adapter=adapter, heartbeat_s=heartbeat_s)
     async with asyncio.timeout(SOON_S), aclosing(watch):
         async for event in watch:
             if isinstance(event, EventRecord):
@@ -282,6 +300,15 @@ async def test_watchers_miss_nothing_while_many_write(
     assert await registry.last_sequence() == last
     for after, watcher in zip((0, 0, 3, 20, last - 1), watchers, strict=True):
         assert await watcher == [event for event in events if event.sequence > after]
+
+
+async def test_a_watcher_reads_what_was_before_without_a_pause(
+    ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "EVENTS_PER_READ", 2)
+    await make_ready(ledger, 4)
+    events = await read(ledger, 0, 9, heartbeat_s=NEVER_S)
+    assert [event.sequence for event in events] == list(range(1, 10))
 
 
 async def test_a_watcher_of_one_adapter_hears_of_it_alone(ledger: Ledger) -> None:
