@@ -80,7 +80,13 @@ async def drain_with_streams(gateway: GatewayProcess, *, group: bool) -> None:
     assert not alive, "no process is left"
 
 
-@pytest.mark.parametrize("group", [False, True], ids=["to the host", "to the process group"])
+@pytest.mark.parametrize(
+    "group",
+    [
+        pytest.param(False, id="to the host", marks=pytest.mark.slow),
+        pytest.param(True, id="to the process group"),
+    ],
+)
 async def test_drain_finishes_running_streams_and_exits_0(
     group: bool, adapters: Mapping[str, Path], tmp_path: Path
 ) -> None:

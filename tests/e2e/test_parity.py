@@ -17,7 +17,13 @@ PROMPTS = ("Once upon a time", "The river runs to the sea and", "def main():")
 MAX_TOKENS = 48
 
 
-@pytest.fixture(scope="module", params=[1, 2], ids=["one worker", "two workers"])
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(1, id="one worker", marks=pytest.mark.slow),
+        pytest.param(2, id="two workers"),
+    ],
+)
 def served(
     request: pytest.FixtureRequest,
     adapters: Mapping[str, Path],
