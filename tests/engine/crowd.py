@@ -37,6 +37,8 @@ class Core:
         self.refusals: Counter[VersionKey] = Counter()
         """How many of its next loads fail, by version."""
         self.dead = False
+        self.load_s = self.unload_s = 0.0
+        """How long each takes."""
         self.may_load = asyncio.Event()
         self.may_load.set()
         self._spoiled: set[int] = set()
@@ -53,7 +55,7 @@ class Core:
     async def load(self, version: ServedVersion) -> None:
         self.loads.append(version.key)
         await self.may_load.wait()
-        await asyncio.sleep(0)
+        await asyncio.sleep(self.load_s)
         if self.dead:
             raise ShardUnavailable(SHARD)
         assert version.lora_int_id not in self._spoiled, "half an adapter may have this id"
@@ -68,7 +70,7 @@ class Core:
     async def unload(self, version: ServedVersion) -> None:
         running = [id for (_, id), count in self.requests.items() if count]
         assert version.lora_int_id not in running, "removed under a request"
-        await asyncio.sleep(0)
+        await asyncio.sleep(self.unload_s)
         if self.dead:
             raise ShardUnavailable(SHARD)
         del self.loaded[version.lora_int_id]

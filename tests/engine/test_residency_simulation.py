@@ -24,9 +24,9 @@ from tests.engine.virtual_time import VirtualTimeLoop
 KEYS = [VersionKey("acme", f"adapter-{number}", 1) for number in range(6)]
 PLACES = 3
 REQUESTS = 150
-RUN_S = 0.003
+RUN_S = 0.02
 """How long a request lasts at most."""
-GIVE_UP_S = 0.002
+GIVE_UP_S = 0.01
 DONE_S = 60.0
 """Of virtual time, in which a run takes half a second; this only ends one that hangs."""
 
@@ -37,6 +37,7 @@ class World:
     def __init__(self, seed: int) -> None:
         self.random = random.Random(seed)
         self.core = Core(PLACES)
+        self.core.load_s, self.core.unload_s = 0.004, 0.001
         self.stock = Stock(*KEYS)
         self.crowd = Crowd(self.core, 3, delays=self.random)
         self.residency = Residency(self.core, PLACES, self.stock, self.crowd)
