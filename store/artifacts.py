@@ -18,6 +18,7 @@ import contextlib
 import errno
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
@@ -30,6 +31,8 @@ from io import FileIO
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol, Self
+
+logger = logging.getLogger(__name__)
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -56,7 +59,15 @@ class SourceUnusable(ValueError):
 
 
 class ArtifactDamaged(Exception):
-    """Files that were stored are gone, or hold other bytes than their digest says."""
+    """Files that were stored are gone, or hold other bytes than their digest says.
+
+    Callers read the text, so it names no folder; the log does.
+    """
+
+    def __init__(self, path: Path, what: str) -> None:
+        logger.error("adapter files %s %s", path, what)
+        files = f"adapter files {path.name[:12]}"
+        super().__init__(f"{files} {what}; restore them, or create the version again")
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,16 +188,10 @@ class ArtifactStore:
         try:
             hashed = [_hash_file(path / name) for name in FILES]
         except OSError as error:
-            raise ArtifactDamaged(
-                f"adapter files {path} cannot be read ({error.strerror}); restore the folder, "
-                "or remove it and create the version again"
-            ) from error
+            raise ArtifactDamaged(path, f"cannot be read ({error.strerror})") from error
         files = [file for file, _ in hashed]
         if _digest(files) != digest:
-            raise ArtifactDamaged(
-                f"adapter files {path} were changed after they were stored; restore the folder, "
-                "or remove it and create the version again"
-            )
+            raise ArtifactDamaged(path, "were changed after they were stored")
         size_bytes = sum(file.size_bytes for file in files)
         artifact = Artifact(digest, path, size_bytes, _weights_sha256(files))
         self._verified[digest] = artifact, [stamp for _, stamp in hashed]

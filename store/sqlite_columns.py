@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
+from typing import Any
 
 from store.records import Arm, Guard
 
@@ -50,6 +51,16 @@ def mapping_from_column(column: str) -> dict[str, str]:
     return mapping
 
 
+def json_to_column(value: object) -> str:
+    """What JSON can say, NaN and infinity too. Equal values have equal texts."""
+    return json.dumps(_plain(value), separators=(",", ":"), sort_keys=True)
+
+
+def json_from_column(column: str) -> Any:
+    """What `json_to_column` wrote, with lists for all sequences."""
+    return json.loads(column)
+
+
 def storable(text: str) -> str:
     r"""The text with what is no Unicode spelled out, as `\ud800`.
 
@@ -57,6 +68,17 @@ def storable(text: str) -> str:
     surrogates, which neither SQLite nor protobuf takes.
     """
     return text.encode("utf-8", "backslashreplace").decode()
+
+
+def _plain(value: object) -> object:
+    match value:
+        case str():
+            return storable(value)
+        case Mapping():
+            return {storable(str(key)): _plain(item) for key, item in value.items()}
+        case Sequence():
+            return [_plain(item) for item in value]
+    return value
 
 
 def _dumps(value: object) -> str:

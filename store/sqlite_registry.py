@@ -6,14 +6,10 @@ that may never come back are taken from counters, not from the rows.
 
 from __future__ import annotations
 
-import asyncio
-import sqlite3
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import TracebackType
-from typing import Self, TypeVar
+from typing import TypeVar
 
 from store import (
     sqlite_adapters,
@@ -36,12 +32,12 @@ from store.records import (
 )
 from store.registry import Registry
 from store.sqlite_events import Change
-from store.sqlite_schema import connect, reading, transaction
+from store.sqlite_thread import SqliteThread, check_limit
 
 T = TypeVar("T")
 
 
-class SqliteRegistry(Registry):
+class SqliteRegistry(SqliteThread, Registry):
     """One thread owns the connection. See `Registry` for what the methods do.
 
     sqlite3.Error comes through when the disk fails or is full. The state folder's lock keeps
@@ -50,44 +46,7 @@ class SqliteRegistry(Registry):
 
     def __init__(self, path: Path, *, clock_ns: Callable[[], int] = time.time_ns) -> None:
         """`clock_ns` tells the time of changes, in nanoseconds since the epoch."""
-        self._path = path
-        self._clock_ns = clock_ns
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="registry")
-        self._connection: sqlite3.Connection | None = None  # the thread's alone
-        self._closed = False
-
-    async def open(self) -> None:
-        await self._call(self._open)
-
-    def _open(self) -> None:
-        self._connection = connect(self._path, self._clock_ns())
-
-    async def close(self) -> None:
-        if not self._closed:
-            self._closed = True
-            await self._call(self._close)
-            self._thread.shutdown()  # returns at once: the thread has nothing left to do
-
-    def _close(self) -> None:
-        if self._connection is not None:
-            self._connection.close()
-            self._connection = None
-
-    async def __aenter__(self) -> Self:
-        try:
-            await self.open()
-        except BaseException:
-            await self.close()
-            raise
-        return self
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        await self.close()
+        super().__init__(path, clock_ns, "registry")
 
     async def begin_version(self, new: NewVersion, *, request_id: str, actor: str) -> VersionRecord:
         return await self._change(
@@ -174,7 +133,7 @@ class SqliteRegistry(Registry):
     async def adapters(
         self, tenant: str, *, after: str = "", prefix: str = "", limit: int
     ) -> list[AdapterRecord]:
-        _check_limit(limit)
+        check_limit(limit)
         return await self._read(
             lambda db: sqlite_adapters.list_adapters(db, tenant, after, prefix, limit)
         )
@@ -193,7 +152,7 @@ class SqliteRegistry(Registry):
         limit: int,
         deleted: bool = False,
     ) -> list[VersionRecord]:
-        _check_limit(limit)
+        check_limit(limit)
         return await self._read(
             lambda db: sqlite_versions.list_versions(db, tenant, adapter, below, limit, deleted)
         )
@@ -218,7 +177,7 @@ class SqliteRegistry(Registry):
     async def events(
         self, tenant: str, *, after: int, limit: int, adapter: str = ""
     ) -> list[EventRecord]:
-        _check_limit(limit)
+        check_limit(limit)
         return await self._read(
             lambda db: sqlite_events.list_events(db, tenant, adapter, after, limit)
         )
@@ -242,36 +201,3 @@ class SqliteRegistry(Registry):
         """Run `body` as a write whose events carry `actor`, and the time when it has its turn:
         later events have later times."""
         return await self._write(lambda db: body(Change(db, actor, self._clock_ns())))
-
-    async def _write(self, body: Callable[[sqlite3.Connection], T]) -> T:
-        """Run `body` in the thread, as one transaction that is durable when this returns."""
-
-        def run() -> T:
-            db = self._opened()
-            with transaction(db):
-                return body(db)
-
-        return await self._call(run)
-
-    async def _read(self, body: Callable[[sqlite3.Connection], T]) -> T:
-        """Run `body` in the thread, on one picture of the file."""
-
-        def run() -> T:
-            db = self._opened()
-            with reading(db):
-                return body(db)
-
-        return await self._call(run)
-
-    def _opened(self) -> sqlite3.Connection:
-        if self._connection is None:
-            raise RuntimeError("the registry is not open")
-        return self._connection
-
-    async def _call(self, function: Callable[[], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._thread, function)
-
-
-def _check_limit(limit: int) -> None:
-    if limit < 1:  # SQLite would take a negative one for none
-        raise ValueError(f"limit must be at least 1, is {limit}")

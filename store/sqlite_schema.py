@@ -8,9 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from store.records import RegistryUnusable
+from store.sqlite_job_schema import JOB_SCHEMA
 from store.sqlite_migration import migrate_1_to_2
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 BUSY_TIMEOUT_S = 5.0
 """Wait for a lock that somebody's `sqlite3` shell holds on the file."""
 
@@ -162,6 +163,8 @@ def _migrate(connection: sqlite3.Connection, path: Path, now_ns: int) -> None:
     elif found == 1:
         with migrate_1_to_2(connection, now_ns):
             _make(connection)
+    elif found == 2:
+        _run(connection, JOB_SCHEMA)  # what schema 3 has more
     elif found == 0:
         raise _unusable(path, "it is another program's database")
     else:
@@ -173,8 +176,13 @@ def _migrate(connection: sqlite3.Connection, path: Path, now_ns: int) -> None:
 
 
 def _make(connection: sqlite3.Connection) -> None:
+    _run(connection, SCHEMA)
+    _run(connection, JOB_SCHEMA)
+
+
+def _run(connection: sqlite3.Connection, script: str) -> None:
     # Not executescript: it would commit the transaction that makes this all or nothing.
-    for statement in SCHEMA.split(";"):
+    for statement in script.split(";"):
         connection.execute(statement)
 
 

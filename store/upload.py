@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from store.upload_folder import Progress, StorageFull, UploadFolder, UploadPlan, full_disk_is_said
+from store.upload_folder import Plan, Progress, StorageFull, UploadFolder, full_disk_is_said
 
 SYNC_EVERY_BYTES = 8 * 1024**2
 """What a crash can cost, and has to be sent again."""
@@ -32,17 +32,17 @@ class UploadOffsetMismatch(Exception):
 class UploadTooLong(Exception):
     """A chunk goes on beyond the size that was announced."""
 
-    def __init__(self, upload_id: str, weights_size_bytes: int) -> None:
+    def __init__(self, upload_id: str, size_bytes: int) -> None:
         super().__init__(
-            f"upload {upload_id!r} was announced with {weights_size_bytes} bytes of weights, and "
-            "more are sent; begin another with the right size"
+            f"upload {upload_id!r} was announced with {size_bytes} bytes, and more are sent; "
+            "begin another with the right size"
         )
         self.upload_id = upload_id
-        self.weights_size_bytes = weights_size_bytes
+        self.size_bytes = size_bytes
 
 
 class UploadIncomplete(Exception):
-    """Weights are missing at the end. What came is kept."""
+    """Bytes are missing at the end. What came is kept."""
 
     def __init__(self, upload_id: str, offset: int) -> None:
         super().__init__(f"upload {upload_id!r} ends at offset {offset}; go on from there")
@@ -51,11 +51,11 @@ class UploadIncomplete(Exception):
 
 
 class ChecksumMismatch(Exception):
-    """The weights have another SHA-256 than was announced."""
+    """The bytes have another SHA-256 than was announced."""
 
     def __init__(self, expected: str, actual: str) -> None:
         super().__init__(
-            f"the weights have the sha256 {actual}, and {expected} was announced; compare with "
+            f"the bytes have the sha256 {actual}, and {expected} was announced; compare with "
             "sha256sum, and send them again from offset 0"
         )
         self.expected = expected
@@ -71,7 +71,7 @@ class Upload:
     def __init__(
         self,
         folder: UploadFolder,
-        plan: UploadPlan,
+        plan: Plan,
         *,
         clock: Callable[[], float],
         discard: Callable[[], None],
@@ -85,13 +85,16 @@ class Upload:
         self._discard = discard
         self._release = release
         self._progress = folder.progress()
-        self._descriptor = os.open(folder.weights, os.O_RDWR | os.O_NOFOLLOW)
+        data = folder.data(plan)
+        # What is complete may be shared with `store/datasets.py`, and read-only.
+        self._sealed = self._progress.complete and data.lstat().st_size == plan.size_bytes
+        access = os.O_RDONLY if self._sealed else os.O_RDWR
+        self._descriptor = os.open(data, access | os.O_NOFOLLOW)
         try:
             # Never more than is there, should the disk have lost what it had promised.
             size_bytes = min(self._progress.synced_bytes, os.fstat(self._descriptor).st_size)
             self._rewind(size_bytes)
-            whole = size_bytes == plan.weights_size_bytes
-            self._save(complete=whole and self._progress.complete)
+            self._save(complete=self._sealed)
         except BaseException:
             os.close(self._descriptor)
             raise
@@ -100,7 +103,7 @@ class Upload:
 
     @property
     def offset(self) -> int:
-        """Where the next chunk must begin; bytes of the weights so far."""
+        """Where the next chunk must begin; bytes of the data so far."""
         return self._offset
 
     def write(self, offset: int, data: bytes) -> None:
@@ -112,8 +115,8 @@ class Upload:
         """
         if offset != self._offset:
             raise UploadOffsetMismatch(self._plan.upload_id, self._offset)
-        if offset + len(data) > self._plan.weights_size_bytes:
-            raise UploadTooLong(self._plan.upload_id, self._plan.weights_size_bytes)
+        if offset + len(data) > self._plan.size_bytes:
+            raise UploadTooLong(self._plan.upload_id, self._plan.size_bytes)
         with self._rewound_on_failure():
             view = memoryview(data)
             while view:
@@ -137,20 +140,21 @@ class Upload:
             self._save(complete=False)
 
     def finish(self) -> Path:
-        """Compare the weights with what was announced, and close the upload.
+        """Compare the bytes with what was announced, and close the upload.
 
-        Returns its folder, from which `ArtifactStore.stage` takes it. Raises UploadIncomplete if
-        bytes are missing, ChecksumMismatch if they are others, and then the upload is dropped.
+        Returns its folder, from which `ArtifactStore.stage` takes an adapter. Raises
+        UploadIncomplete if bytes are missing, ChecksumMismatch if they are others, and then the
+        upload is dropped.
         """
         self.sync()
-        if self._offset != self._plan.weights_size_bytes:
+        if self._offset != self._plan.size_bytes:
             raise UploadIncomplete(self._plan.upload_id, self._offset)
         if not self._progress.complete:
             actual = self._sha256()
-            if actual != self._plan.weights_sha256:
+            if actual != self._plan.sha256:
                 self._discard()
                 self.close()
-                raise ChecksumMismatch(self._plan.weights_sha256, actual)
+                raise ChecksumMismatch(self._plan.sha256, actual)
             self._save(complete=True)
         self.close()
         return self._folder.path
@@ -171,7 +175,7 @@ class Upload:
     def _sha256(self) -> str:
         if self._digest is not None:
             return self._digest.hexdigest()
-        with self._folder.weights.open("rb", buffering=0) as file:
+        with self._folder.data(self._plan).open("rb", buffering=0) as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
     @contextlib.contextmanager
@@ -188,7 +192,8 @@ class Upload:
 
     def _rewind(self, size_bytes: int) -> None:
         self._offset = size_bytes
-        os.ftruncate(self._descriptor, size_bytes)
+        if not self._sealed:
+            os.ftruncate(self._descriptor, size_bytes)
 
     def _save(self, *, complete: bool) -> None:
         progress = Progress(self._offset, complete, self._clock())

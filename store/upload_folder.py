@@ -1,11 +1,11 @@
 """The folder of one upload: what is announced, what has come, and how much of it is safe.
 
     plan.json                   what is uploaded, and what becomes of it
-    adapter_config.json         all of it, from the begin
-    progress.json               how much of the weights is on disk for sure
-    adapter_model.safetensors   may be longer than that
+    adapter_config.json         of an adapter: all of it, from the begin
+    progress.json               how much of the data is on disk for sure
+    adapter_model.safetensors   the data; may be longer than that. Of a dataset: data.jsonl
 
-The length of the weights does not tell how much of them is on disk: after a power cut a file may
+The length of the data does not tell how much of it is on disk: after a power cut a file may
 have its new length and other bytes, or none. So the length that counts is written down, by
 rename, once the bytes below it are synced; what lies above is cut off before the upload goes on.
 """
@@ -17,13 +17,14 @@ import errno
 import json
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from store.artifacts import CONFIG_FILE, FILE_MODE, FOLDER_MODE, WEIGHTS_FILE, sync_path
 
 PLAN_FILE = "plan.json"
+DATASET_FILE = "data.jsonl"
 PROGRESS_FILE = "progress.json"
 NEW_PROGRESS_FILE = "progress.json.new"
 
@@ -34,7 +35,7 @@ class StorageFull(Exception):
 
 @dataclass(frozen=True, slots=True)
 class UploadPlan:
-    """What is uploaded, and what becomes of it. Equal headers have equal fields."""
+    """An adapter that is uploaded, and what becomes of it. Equal headers have equal fields."""
 
     upload_id: str
     adapter: str
@@ -48,13 +49,40 @@ class UploadPlan:
     fingerprints: Mapping[str, str] = field(default_factory=dict)
     """As in `store.records.NewVersion`."""
 
+    @property
+    def size_bytes(self) -> int:
+        """Of the data."""
+        return self.weights_size_bytes
+
+    @property
+    def sha256(self) -> str:
+        """Of the data."""
+        return self.weights_sha256
+
+
+@dataclass(frozen=True, slots=True)
+class DatasetPlan:
+    """A dataset that is uploaded. Equal headers have equal fields."""
+
+    upload_id: str
+    dataset: str
+    """What it will be called."""
+    size_bytes: int
+    sha256: str
+    """Lower-case hex."""
+    format: str = ""
+    """As in `store.job_records.DatasetRecord`."""
+
+
+Plan = UploadPlan | DatasetPlan
+
 
 @dataclass(frozen=True, slots=True)
 class Progress:
     """How far an upload is."""
 
     synced_bytes: int
-    """Of the weights; these survive a power cut."""
+    """Of the data; these survive a power cut."""
     complete: bool
     """Whether all bytes are there, and have the SHA-256 that was announced."""
     time_s: float
@@ -68,33 +96,27 @@ class UploadFolder:
 
     path: Path
 
-    @property
-    def weights(self) -> Path:
+    def data(self, plan: Plan) -> Path:
         """File that is appended to."""
-        return self.path / WEIGHTS_FILE
+        return self.path / (DATASET_FILE if isinstance(plan, DatasetPlan) else WEIGHTS_FILE)
 
-    def make(self, plan: UploadPlan, time_s: float) -> None:
-        """Make the folder, with no weights yet. When this returns its content survives a power
+    def make(self, plan: Plan, time_s: float) -> None:
+        """Make the folder, with no data yet. When this returns its content survives a power
         cut; its name does once the folder above is synced."""
         self.path.mkdir(mode=FOLDER_MODE)
-        fields = {
-            "upload_id": plan.upload_id,
-            "adapter": plan.adapter,
-            "weights_size_bytes": plan.weights_size_bytes,
-            "weights_sha256": plan.weights_sha256,
-            "labels": dict(plan.labels),
-            "take_traffic": plan.take_traffic,
-            "fingerprints": dict(plan.fingerprints),
-        }
+        fields = asdict(plan)
+        if isinstance(plan, UploadPlan):
+            _write(self.path / CONFIG_FILE, fields.pop("adapter_config"))
         _write(self.path / PLAN_FILE, json.dumps(fields).encode())
-        _write(self.path / CONFIG_FILE, plan.adapter_config)
-        _write(self.weights, b"")
+        _write(self.data(plan), b"")
         self.save(Progress(0, complete=False, time_s=time_s))
 
-    def plan(self) -> UploadPlan:
+    def plan(self) -> Plan:
         """What was announced. Raises FileNotFoundError if there is no such upload."""
         fields = _read(self.path / PLAN_FILE)
         try:
+            if "dataset" in fields:
+                return DatasetPlan(**fields)
             return UploadPlan(adapter_config=(self.path / CONFIG_FILE).read_bytes(), **fields)
         except TypeError as error:
             raise ValueError(f"{self.path / PLAN_FILE} has other fields: {error}") from error
@@ -109,12 +131,7 @@ class UploadFolder:
 
     def save(self, progress: Progress) -> None:
         """Replace the progress in one step. When this returns it survives a power cut."""
-        fields = {
-            "synced_bytes": progress.synced_bytes,
-            "complete": progress.complete,
-            "time_s": progress.time_s,
-        }
-        _write(self.path / NEW_PROGRESS_FILE, json.dumps(fields).encode())
+        _write(self.path / NEW_PROGRESS_FILE, json.dumps(asdict(progress)).encode())
         (self.path / NEW_PROGRESS_FILE).rename(self.path / PROGRESS_FILE)
         sync_path(self.path)
 

@@ -1,7 +1,9 @@
-"""Uploads of adapters: taken in piece by piece, and resumed after a crash or a power cut.
+"""Uploads: taken in piece by piece, and resumed after a crash or a power cut.
 
-    <root>/uploads/<tenant>/<upload_id>/    see `store/upload_folder.py`
-    <root>/uploads/.scratch/                being made or dropped; swept at the next start
+    <root>/<folder>/<tenant>/<upload_id>/   see `store/upload_folder.py`
+    <root>/<folder>/.scratch/               being made or dropped; swept at the next start
+
+Adapters and datasets have a folder each, so one kind takes no room and no id from the other.
 
 The root must be held by a `StateFolder`. Everything here blocks on the disk; call it in a thread.
 """
@@ -28,10 +30,20 @@ from store.upload import (
     UploadOffsetMismatch,
     UploadTooLong,
 )
-from store.upload_folder import StorageFull, UploadFolder, UploadPlan, full_disk_is_said
+from store.upload_folder import (
+    DatasetPlan,
+    Plan,
+    StorageFull,
+    UploadFolder,
+    UploadPlan,
+    full_disk_is_said,
+)
 
 __all__ = [
+    "ADAPTER_UPLOADS",
+    "DATASET_UPLOADS",
     "ChecksumMismatch",
+    "DatasetPlan",
     "StorageFull",
     "Upload",
     "UploadBusy",
@@ -47,9 +59,10 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
+ADAPTER_UPLOADS, DATASET_UPLOADS = "uploads", "dataset-uploads"
 MAX_OPEN = 16
 MAX_BYTES_TOTAL = 16 * 1024**3
-"""Four of the largest adapters."""
+"""Four of the largest adapters or datasets."""
 TTL_S = 86_400.0
 UPLOAD_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 """As the contract has it; so it is one name of a path, and leads nowhere else."""
@@ -90,8 +103,8 @@ class UploadStatus:
     """Where an upload stands."""
 
     offset: int
-    """Bytes of the weights that survive a power cut."""
-    weights_size_bytes: int
+    """Bytes that survive a power cut."""
+    size_bytes: int
     complete: bool
     """Whether all bytes are there, and have the sha256 that was announced."""
     expire_time_s: float | None
@@ -99,20 +112,22 @@ class UploadStatus:
 
 
 class UploadStore:
-    """All uploads below one root. Construction sweeps what expired or was never made."""
+    """All uploads of one kind. Construction sweeps what expired or was never made."""
 
     def __init__(
         self,
         root: Path,
         *,
+        folder: str = ADAPTER_UPLOADS,
         max_open: int = MAX_OPEN,
         max_bytes_total: int = MAX_BYTES_TOTAL,
         ttl_s: float = TTL_S,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        """`max_open` counts the incomplete ones, `max_bytes_total` is for all together, by the
-        sizes that were announced. `clock` gives seconds since the epoch."""
-        self._root = root.resolve() / "uploads"
+        """`folder` is the one of the kind. `max_open` counts the incomplete ones,
+        `max_bytes_total` is for all together, by the sizes that were announced. `clock` gives
+        seconds since the epoch."""
+        self._root = root.resolve() / folder
         self._scratch = self._root / _SCRATCH
         self._scratch.mkdir(mode=FOLDER_MODE, parents=True, exist_ok=True)
         for leftover in self._scratch.iterdir():
@@ -125,7 +140,7 @@ class UploadStore:
         self._claimed: set[tuple[str, str]] = set()
         self.sweep()
 
-    def open(self, tenant: str, plan: UploadPlan) -> Upload:
+    def open(self, tenant: str, plan: Plan) -> Upload:
         """Begin an upload, or go on with it.
 
         Raises UploadIdReused if it was begun with other fields, UploadBusy while another call
@@ -160,7 +175,7 @@ class UploadStore:
             raise UploadUnknown(upload_id) from error
         return UploadStatus(
             offset=progress.synced_bytes,
-            weights_size_bytes=plan.weights_size_bytes,
+            size_bytes=plan.size_bytes,
             complete=progress.complete,
             expire_time_s=None if progress.complete else progress.time_s + self._ttl_s,
         )
@@ -174,6 +189,14 @@ class UploadStore:
         if not status.complete:
             raise UploadIncomplete(upload_id, status.offset)
         return self._folder(tenant, upload_id).path
+
+    def file(self, tenant: str, upload_id: str) -> Path:
+        """Data of a complete upload, for `DatasetFiles.keep`. Raises as `path` does."""
+        folder = UploadFolder(self.path(tenant, upload_id))
+        try:
+            return folder.data(folder.plan())
+        except FileNotFoundError as error:  # dropped meanwhile
+            raise UploadUnknown(upload_id) from error
 
     def drop(self, tenant: str, upload_id: str) -> None:
         """Delete an upload; that it is missing is no error. Raises UploadBusy."""
@@ -237,7 +260,7 @@ class UploadStore:
             raise ValueError(f"not a tenant and an upload id: {tenant!r}, {upload_id!r}")
         return UploadFolder(self._root / tenant / upload_id)
 
-    def _make(self, folder: UploadFolder, plan: UploadPlan) -> None:
+    def _make(self, folder: UploadFolder, plan: Plan) -> None:
         self._check_room(plan)
         made = UploadFolder(self._scratch / uuid.uuid4().hex)
         try:
@@ -249,7 +272,7 @@ class UploadStore:
         finally:
             shutil.rmtree(made.path, ignore_errors=True)
 
-    def _check_room(self, plan: UploadPlan) -> None:
+    def _check_room(self, plan: Plan) -> None:
         statuses = []
         for upload in self._uploads():
             # Dropped since it was listed, or damaged, which must not keep others out.
@@ -260,7 +283,7 @@ class UploadStore:
                 f"{self._max_open} uploads are open, and no more may be; finish one, or wait until "
                 "one expires"
             )
-        size_bytes = plan.weights_size_bytes + sum(status.weights_size_bytes for status in statuses)
+        size_bytes = plan.size_bytes + sum(status.size_bytes for status in statuses)
         if size_bytes > self._max_bytes_total:
             raise StorageFull(
                 f"all uploads together would have {size_bytes} bytes, and the limit is "

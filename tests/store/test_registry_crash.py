@@ -46,7 +46,15 @@ async def recordings(site: CrashSite) -> Mapping[Script, Recording]:
     return {script: await site.record(script) for script in Script}
 
 
-@pytest.fixture(params=Script, ids=lambda script: script.value)
+@pytest.fixture(
+    params=[
+        # It takes as long as all others but one, and differs from them in its statements alone.
+        pytest.param(
+            script, marks=pytest.mark.slow if script is Script.JOBS else (), id=script.value
+        )
+        for script in Script
+    ]
+)
 def recording(recordings: Mapping[Script, Recording], request: pytest.FixtureRequest) -> Recording:
     return recordings[request.param]
 
@@ -132,6 +140,7 @@ def test_operations_can_be_told_apart_by_what_they_leave(
         "repeat the request of version 2",
         "checkpoint",
         "keep files that are there",
+        "repeat the request of the job",
     ]
 
 

@@ -1,4 +1,4 @@
-"""A file of schema 1 becomes one of schema 2 that lacks nothing, or stays as it was."""
+"""A file of an older schema becomes one of today's that lacks nothing, or stays as it was."""
 
 from __future__ import annotations
 
@@ -19,8 +19,12 @@ from store.records import (
     VersionRecord,
     VersionState,
 )
+from store.sqlite_job_schema import JOB_SCHEMA
+from store.sqlite_jobs import SqliteJobs
 from store.sqlite_registry import SqliteRegistry
+from tests.store.job_steps import add_dataset, create
 from tests.store.registry_steps import ONE, TWO, begin
+from tests.store.schema_2 import leave_schema_2
 
 NOW_NS = 5_000
 # As the release that knew schema 1 wrote it.
@@ -71,6 +75,12 @@ def dump(path: Path) -> list[str]:
     with contextlib.closing(sqlite3.connect(path)) as connection:
         version = str(connection.execute("PRAGMA user_version").fetchone())
         return [version, *connection.iterdump()]
+
+
+@pytest.fixture
+def path_2(tmp_path: Path) -> Path:
+    leave_schema_2(tmp_path / "db-2")
+    return tmp_path / "db-2"
 
 
 def clock_ns() -> int:
@@ -137,9 +147,11 @@ async def test_counters_go_on(path: Path) -> None:
         assert await registry.last_sequence() == 10
 
 
+@pytest.mark.parametrize("schema", [1, 2])
 async def test_it_happens_once_and_leaves_the_tables_of_a_new_file(
-    path: Path, tmp_path: Path
+    path: Path, path_2: Path, tmp_path: Path, schema: int
 ) -> None:
+    path = {1: path, 2: path_2}[schema]
     async with SqliteRegistry(path):
         pass
     migrated = dump(path)
@@ -147,10 +159,10 @@ async def test_it_happens_once_and_leaves_the_tables_of_a_new_file(
         pass
     assert dump(path) == migrated
 
-    def schema(lines: list[str]) -> list[str]:
+    def tables(lines: list[str]) -> list[str]:
         return sorted(line for line in lines if line.startswith(("(", "CREATE")))
 
-    assert schema(migrated) == schema(dump(tmp_path / "new"))
+    assert tables(migrated) == tables(dump(tmp_path / "new"))
 
 
 @pytest.mark.parametrize("failing", ["INSERT INTO event ", "UPDATE counter", "DROP TABLE"])
@@ -182,3 +194,40 @@ async def test_a_migration_that_fails_leaves_schema_1(
     assert dump(path) == before
     async with SqliteRegistry(path) as registry:
         assert await registry.last_sequence() == 8
+
+
+async def test_what_schema_2_kept_is_left_alone(path_2: Path) -> None:
+    before = dump(path_2)
+    async with SqliteJobs(path_2), SqliteRegistry(path_2) as registry:
+        assert (await registry.version("acme", "sql", 1)).state is VersionState.READY
+        assert (await registry.adapter("acme", "sql")).arms == (Arm(1, 100),)
+    after = dump(path_2)
+    assert set(before[1:]) < set(after)
+    assert (before[0], after[0]) == ("(2,)", "(3,)")
+    assert not [line for line in set(after) - set(before) if line.startswith("INSERT")]
+
+
+@pytest.mark.parametrize("schema", [1, 2])
+async def test_jobs_begin_in_a_file_of_an_older_schema(
+    path: Path, path_2: Path, schema: int
+) -> None:
+    async with SqliteJobs({1: path, 2: path_2}[schema]) as store:
+        assert await store.active_jobs() == []
+        await add_dataset(store)
+        job = await create(store)
+        assert await store.jobs("acme", limit=9) == [job]
+
+
+@pytest.mark.parametrize("failing", ["CREATE TABLE dataset", "CREATE TABLE job_event", "\n"])
+async def test_a_migration_that_fails_leaves_schema_2(
+    path_2: Path, monkeypatch: pytest.MonkeyPatch, failing: str
+) -> None:
+    before = dump(path_2)
+    with monkeypatch.context() as patch, pytest.raises(RegistryUnusable):
+        kept, _, _ = JOB_SCHEMA.rpartition(failing)  # "\n": all of it
+        patch.setattr(sqlite_schema, "JOB_SCHEMA", f"{kept}; FAIL")
+        async with SqliteJobs(path_2):
+            pass
+    assert dump(path_2) == before
+    async with SqliteJobs(path_2) as store:
+        assert await store.active_jobs() == []

@@ -17,6 +17,7 @@ from store.records import Arm, RegistryUnusable, VersionState
 from store.registry import Registry
 from store.sqlite_registry import SqliteRegistry
 from store.sqlite_schema import connect
+from tests.store.failing_connection import FailingConnection
 from tests.store.registry_contract import RegistryContract
 from tests.store.registry_steps import ACTOR, ONE, MakeRegistry, begin, bring_to, content, ready
 
@@ -84,25 +85,6 @@ READS: dict[str, tuple[str, Callable[[Registry], Awaitable[object]]]] = {
     ),
     "begin": ("tenant=? AND adapter=? AND version=?", begin),
 }
-
-
-class FailingConnection:
-    """Passes statements on, and fails the n-th of a transaction's own."""
-
-    def __init__(self, connection: sqlite3.Connection, failing: int) -> None:
-        self._connection = connection
-        self._left = failing
-
-    def execute(self, sql: str, *arguments: object) -> sqlite3.Cursor:
-        if sql not in ("BEGIN IMMEDIATE", "ROLLBACK"):
-            self._left -= 1
-            if not self._left:
-                raise sqlite3.OperationalError("disk I/O error")
-        return self._connection.execute(sql, *arguments)  # type: ignore[arg-type]
-
-    @property
-    def in_transaction(self) -> bool:
-        return self._connection.in_transaction
 
 
 async def dump(registry: SqliteRegistry) -> list[str]:
@@ -252,8 +234,8 @@ async def test_a_registry_of_a_newer_release_is_refused(tmp_path: Path) -> None:
     async with SqliteRegistry(tmp_path / "db"):
         pass
     with contextlib.closing(sqlite3.connect(tmp_path / "db")) as connection:
-        connection.execute("PRAGMA user_version = 3")
-    with pytest.raises(RegistryUnusable, match="has schema 3, and this release knows 2"):
+        connection.execute("PRAGMA user_version = 4")
+    with pytest.raises(RegistryUnusable, match="has schema 4, and this release knows 3"):
         async with SqliteRegistry(tmp_path / "db"):
             pass
 

@@ -1,4 +1,4 @@
-"""The owner of a state folder, as the gateway's host is: lock, registry, adapter files."""
+"""The owner of a state folder, as the gateway's host is: lock, registry, jobs, adapter files."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from store.artifacts import CONFIG_FILE, WEIGHTS_FILE, Artifact, ArtifactStore
+from store.sqlite_jobs import SqliteJobs
 from store.sqlite_registry import SqliteRegistry
 from store.state_folder import StateFolder
 
@@ -24,11 +25,13 @@ class Host:
         self.state_path = watched / "state"
         self.database = self.state_path / "registry.sqlite"
         self.registry: SqliteRegistry
+        self.jobs: SqliteJobs
         self.artifacts: ArtifactStore
         self.kept: dict[str, Artifact] = {}
         """By source, what `keep` answered."""
         self._sources = sources
         self._clock = itertools.count(CLOCK_STEP_NS, CLOCK_STEP_NS)
+        self._uids = itertools.count(1)
         self._owned = contextlib.AsyncExitStack()
 
     async def open(self) -> None:
@@ -36,6 +39,13 @@ class Host:
         self._owned.enter_context(StateFolder(self.state_path))
         self.registry = await self._owned.enter_async_context(
             SqliteRegistry(self.database, clock_ns=lambda: next(self._clock))
+        )
+        self.jobs = await self._owned.enter_async_context(
+            SqliteJobs(
+                self.database,
+                clock_ns=lambda: next(self._clock),
+                make_uid=lambda: f"{next(self._uids):032x}",
+            )
         )
         self.artifacts = ArtifactStore(self.state_path)
 

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from store.job_records import DatasetRecord, JobEventRecord, JobRecord
 from store.records import (
     AdapterRecord,
     EventRecord,
@@ -35,6 +36,9 @@ class Observation:
     """What each request id that was asked for had made."""
     artifacts: tuple[str, ...]
     """Digests that have a folder."""
+    datasets: tuple[DatasetRecord, ...]
+    jobs: tuple[tuple[JobRecord, tuple[JobEventRecord, ...]], ...]
+    """Each with its events."""
 
 
 async def observe(host: Host, requests: Sequence[tuple[str, str]]) -> Observation:
@@ -51,6 +55,10 @@ async def observe(host: Host, requests: Sequence[tuple[str, str]]) -> Observatio
     events: list[EventRecord] = []
     for tenant in sorted({found.tenant for found in adapters}):
         events += await registry.events(tenant, after=0, limit=PAGE)
+    jobs = []
+    for job in await host.jobs.jobs("acme", limit=PAGE):
+        told = await host.jobs.job_events("acme", job.name, after=0, limit=PAGE)
+        jobs.append((job, tuple(told)))
     return Observation(
         adapters=adapters,
         versions=tuple(versions),
@@ -59,6 +67,8 @@ async def observe(host: Host, requests: Sequence[tuple[str, str]]) -> Observatio
         feedback=tuple(feedback),
         requests=tuple([await registry.version_of_request(*request) for request in requests]),
         artifacts=tuple(sorted(path.name for path in (host.state_path / "adapters").iterdir())),
+        datasets=tuple(await host.jobs.datasets("acme", limit=PAGE)),
+        jobs=tuple(jobs),
     )
 
 
@@ -68,6 +78,9 @@ def contradictions(seen: Observation) -> list[str]:
     sequences = [event.sequence for event in seen.events]
     if sequences != list(range(1, seen.last_sequence + 1)):
         wrong.append(f"events {sequences} up to {seen.last_sequence} have a gap")
+    for job, told in seen.jobs:
+        if [event.sequence for event in told] != list(range(1, job.last_sequence + 1)):
+            wrong.append(f"the events of job {job.name} up to {job.last_sequence} have a gap")
     numbers = Counter((each.tenant, each.adapter, each.version) for each in seen.versions)
     ids = Counter(each.lora_int_id for each in seen.versions)
     for what, count in [*numbers.items(), *ids.items()]:

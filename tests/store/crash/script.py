@@ -16,6 +16,7 @@ from pathlib import Path
 from store.artifacts import ArtifactStore
 from store.records import Arm, Content, Guard, NewVersion
 from tests.store.crash.host import ONE, TWO, Host, Operation
+from tests.store.crash.job_script import JOBS
 
 REQUESTS = (("acme", "first"), ("acme", "refused"), ("acme", "second"), ("zeta", "first"))
 """Tenants and request ids that the scripts use."""
@@ -48,6 +49,8 @@ class Script(enum.Enum):
     """From there: splits, scores, and the ways back."""
     DELETION = "deletion"
     """From there: another tenant, then versions and files go."""
+    JOBS = "jobs"
+    """From nothing to a job that ran, and is deleted."""
     UPGRADE = "upgrade"
     """From the folder that a release with schema 1 left."""
 
@@ -210,6 +213,7 @@ _OPERATIONS = {
     Script.CREATION: _CREATION,
     Script.TRAFFIC: _TRAFFIC,
     Script.DELETION: _DELETION,
+    Script.JOBS: JOBS,
     Script.UPGRADE: _UPGRADE,
 }
 _EARLIER = {

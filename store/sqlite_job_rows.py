@@ -1,0 +1,162 @@
+"""Rows of the table of jobs: read, listed, and written back as a whole."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Collection
+from typing import Any
+
+from store.job_records import Intent, JobRecord, JobState, JobUnknown
+from store.sqlite_columns import json_from_column, json_to_column, mapping_from_column
+from store.sqlite_events import MAX_INTEGER
+
+_SELECT = """
+SELECT tenant, name, uid, adapter, dataset, eval_dataset, spec, effective_spec, labels, state,
+       intent, epoch, attempt, ingested_bytes, last_sequence, publication, progress, manifest,
+       error, notices, create_time_ns, start_time_ns, end_time_ns
+FROM job
+"""
+
+
+def read_job(db: sqlite3.Connection, tenant: str, name: str) -> JobRecord:
+    """See `JobStore.job`."""
+    row = db.execute(f"{_SELECT} WHERE tenant = ? AND name = ?", (tenant, name)).fetchone()
+    if row is None:
+        raise JobUnknown(name)
+    return _record(row)
+
+
+def find_job(db: sqlite3.Connection, uid: str) -> JobRecord | None:
+    """The job of that uid, unless it was deleted."""
+    row = db.execute(f"{_SELECT} WHERE uid = ?", (uid,)).fetchone()
+    return None if row is None else _record(row)
+
+
+def list_jobs(
+    db: sqlite3.Connection,
+    tenant: str,
+    before: str,
+    limit: int,
+    states: Collection[JobState],
+    adapter: str,
+) -> list[JobRecord]:
+    """See `JobStore.jobs`."""
+    conditions = ["tenant = ?", "number < ?"]
+    values: list[str | int] = [tenant, _number(db, tenant, before)]
+    if adapter:
+        conditions.append("adapter = ?")
+        values.append(adapter)
+    if states:
+        conditions.append(f"state IN ({', '.join('?' * len(states))})")
+        values += [state.value for state in states]
+    rows = db.execute(
+        f"{_SELECT} WHERE {' AND '.join(conditions)} ORDER BY number DESC LIMIT ?",
+        (*values, limit),
+    )
+    return [_record(row) for row in rows]
+
+
+def active_jobs(db: sqlite3.Connection) -> list[JobRecord]:
+    """See `JobStore.active_jobs`."""
+    rows = db.execute(f"{_SELECT} WHERE end_time_ns IS NULL ORDER BY number")
+    return [_record(row) for row in rows]
+
+
+def count_active_jobs(db: sqlite3.Connection) -> int:
+    """How many jobs of all tenants have not ended."""
+    (count,) = db.execute("SELECT count(*) FROM job WHERE end_time_ns IS NULL").fetchone()
+    return int(count)
+
+
+def update_job(db: sqlite3.Connection, record: JobRecord) -> None:
+    """Store all that may change of a job."""
+    db.execute(
+        "UPDATE job SET effective_spec = ?, state = ?, intent = ?, epoch = ?, attempt = ?,"
+        " ingested_bytes = ?, last_sequence = ?, publication = ?, progress = ?, manifest = ?,"
+        " error = ?, notices = ?, start_time_ns = ?, end_time_ns = ? WHERE uid = ?",
+        (
+            json_to_column(record.effective_spec),
+            record.state.value,
+            record.intent.value,
+            record.epoch,
+            record.attempt,
+            record.ingested_bytes,
+            record.last_sequence,
+            json_to_column(record.publication),
+            _optional(record.progress),
+            _optional(record.manifest),
+            _optional(record.error),
+            json_to_column(record.notices),
+            record.start_time_ns,
+            record.end_time_ns,
+            record.uid,
+        ),
+    )
+
+
+def _number(db: sqlite3.Connection, tenant: str, before: str) -> int:
+    """Where the list begins."""
+    if not before:
+        return MAX_INTEGER
+    row = db.execute("SELECT number FROM job WHERE tenant = ? AND name = ?", (tenant, before))
+    found = row.fetchone()
+    if found is None:
+        raise ValueError(f"there is no job {before!r} to list those before it")
+    return int(found[0])
+
+
+def _optional(value: object) -> str | None:
+    return None if value is None else json_to_column(value)
+
+
+def _record(row: tuple[Any, ...]) -> JobRecord:
+    (
+        tenant,
+        name,
+        uid,
+        adapter,
+        dataset,
+        eval_dataset,
+        spec,
+        effective_spec,
+        labels,
+        state,
+        intent,
+        epoch,
+        attempt,
+        ingested_bytes,
+        last_sequence,
+        publication,
+        progress,
+        manifest,
+        error,
+        notices,
+        create_time_ns,
+        start_time_ns,
+        end_time_ns,
+    ) = row
+    return JobRecord(
+        tenant=tenant,
+        name=name,
+        uid=uid,
+        adapter=adapter,
+        dataset=dataset,
+        eval_dataset=eval_dataset,
+        spec=json_from_column(spec),
+        effective_spec=json_from_column(effective_spec),
+        labels=mapping_from_column(labels),
+        state=JobState(state),
+        intent=Intent(intent),
+        epoch=epoch,
+        attempt=attempt,
+        ingested_bytes=ingested_bytes,
+        last_sequence=last_sequence,
+        publication=json_from_column(publication),
+        progress=None if progress is None else json_from_column(progress),
+        manifest=None if manifest is None else json_from_column(manifest),
+        error=None if error is None else json_from_column(error),
+        notices=json_from_column(notices),
+        create_time_ns=create_time_ns,
+        start_time_ns=start_time_ns,
+        end_time_ns=end_time_ns,
+    )

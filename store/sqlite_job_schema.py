@@ -1,0 +1,61 @@
+"""The tables of the job store, new with schema 3 of the registry's file."""
+
+from __future__ import annotations
+
+JOB_SCHEMA = """
+CREATE TABLE dataset (
+    tenant         TEXT NOT NULL,
+    name           TEXT NOT NULL,
+    sha256         TEXT NOT NULL,
+    size_bytes     INTEGER NOT NULL,
+    format         TEXT NOT NULL,      -- empty: to be detected
+    create_time_ns INTEGER NOT NULL,   -- since the epoch, as all times
+    PRIMARY KEY (tenant, name)
+) STRICT, WITHOUT ROWID;
+CREATE INDEX dataset_by_sha256 ON dataset (sha256);
+
+CREATE TABLE job (
+    number         INTEGER PRIMARY KEY, -- in the order in which they were made
+    tenant         TEXT NOT NULL,
+    name           TEXT NOT NULL,
+    uid            TEXT NOT NULL UNIQUE,
+    request_id     TEXT NOT NULL,      -- empty if the caller gave none
+    asked_name     TEXT NOT NULL,      -- empty: the name was made
+    adapter        TEXT NOT NULL,
+    dataset        TEXT NOT NULL,
+    eval_dataset   TEXT NOT NULL,      -- empty: none
+    spec           TEXT NOT NULL,      -- JSON
+    effective_spec TEXT NOT NULL,      -- JSON
+    labels         TEXT NOT NULL,      -- JSON
+    state          TEXT NOT NULL,      -- a JobState
+    intent         TEXT NOT NULL,      -- an Intent
+    epoch          INTEGER NOT NULL,
+    attempt        INTEGER NOT NULL,
+    ingested_bytes INTEGER NOT NULL,
+    last_sequence  INTEGER NOT NULL,
+    publication    TEXT NOT NULL,      -- JSON
+    progress       TEXT,               -- JSON, NULL before the first step
+    manifest       TEXT,               -- JSON, NULL until the adapter is saved
+    error          TEXT,               -- JSON, NULL unless it failed
+    notices        TEXT NOT NULL,      -- JSON
+    create_time_ns INTEGER NOT NULL,
+    start_time_ns  INTEGER,            -- NULL until a training process was started
+    end_time_ns    INTEGER,            -- NULL until it has ended
+    UNIQUE (tenant, name)
+) STRICT;
+CREATE INDEX job_by_tenant ON job (tenant, number);
+CREATE INDEX job_by_adapter ON job (tenant, adapter, number);
+CREATE INDEX job_active ON job (number) WHERE end_time_ns IS NULL;
+CREATE UNIQUE INDEX job_by_request ON job (tenant, request_id) WHERE request_id <> '';
+
+CREATE TABLE job_event (
+    uid      TEXT NOT NULL REFERENCES job (uid),
+    sequence INTEGER NOT NULL,         -- from 1 up within the job, without a gap
+    tenant   TEXT NOT NULL,
+    time_ns  INTEGER NOT NULL,
+    attempt  INTEGER NOT NULL,
+    kind     TEXT NOT NULL,            -- an EventKind
+    payload  TEXT NOT NULL,            -- JSON
+    PRIMARY KEY (uid, sequence)
+) STRICT, WITHOUT ROWID;
+"""

@@ -1,0 +1,135 @@
+"""The job store of one host: the SQLite file of the registry behind the async seam.
+
+It has a thread and a connection of its own, so that jobs that tell much do not hold up the
+requests that read the registry.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from store import (
+    sqlite_datasets,
+    sqlite_job_changes,
+    sqlite_job_creation,
+    sqlite_job_events,
+    sqlite_job_rows,
+)
+from store.job_records import (
+    DatasetRecord,
+    Intent,
+    JobChange,
+    JobEventRecord,
+    JobRecord,
+    JobState,
+    NewJob,
+)
+from store.jobs import JobStore
+from store.sqlite_job_creation import Creation
+from store.sqlite_thread import SqliteThread, check_limit
+
+
+def _random_uid() -> str:
+    return uuid.uuid4().hex
+
+
+class SqliteJobs(SqliteThread, JobStore):
+    """One thread owns the connection. See `JobStore` for what the methods do.
+
+    sqlite3.Error comes through when the disk fails or is full.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        clock_ns: Callable[[], int] = time.time_ns,
+        make_uid: Callable[[], str] = _random_uid,
+    ) -> None:
+        """`clock_ns` tells the time of changes, in nanoseconds since the epoch; `make_uid` gives
+        32 hex digits that no job has had."""
+        super().__init__(path, clock_ns, "jobs")
+        self._make_uid = make_uid
+
+    async def add_dataset(
+        self, tenant: str, name: str, *, sha256: str, size_bytes: int, format: str
+    ) -> DatasetRecord:
+        return await self._write(
+            lambda db: sqlite_datasets.add_dataset(
+                db, DatasetRecord(tenant, name, sha256, size_bytes, format, self._clock_ns())
+            )
+        )
+
+    async def dataset(self, tenant: str, name: str) -> DatasetRecord:
+        return await self._read(lambda db: sqlite_datasets.read_dataset(db, tenant, name))
+
+    async def datasets(self, tenant: str, *, after: str = "", limit: int) -> list[DatasetRecord]:
+        check_limit(limit)
+        return await self._read(lambda db: sqlite_datasets.list_datasets(db, tenant, after, limit))
+
+    async def dataset_digests(self) -> set[str]:
+        return await self._read(sqlite_datasets.dataset_digests)
+
+    async def remove_dataset(self, tenant: str, name: str) -> bool:
+        return await self._write(lambda db: sqlite_datasets.remove_dataset(db, tenant, name))
+
+    async def create_job(
+        self,
+        new: NewJob,
+        *,
+        effective_spec: Mapping[str, Any],
+        publication: Mapping[str, Any],
+        request_id: str,
+        max_active: int,
+    ) -> JobRecord:
+        creation = Creation(new, effective_spec, publication, request_id, max_active)
+        return await self._write(
+            lambda db: sqlite_job_creation.create_job(
+                db, creation, self._clock_ns(), self._make_uid
+            )
+        )
+
+    async def job(self, tenant: str, name: str) -> JobRecord:
+        return await self._read(lambda db: sqlite_job_rows.read_job(db, tenant, name))
+
+    async def jobs(
+        self,
+        tenant: str,
+        *,
+        before: str = "",
+        limit: int,
+        states: Collection[JobState] = (),
+        adapter: str = "",
+    ) -> list[JobRecord]:
+        check_limit(limit)
+        return await self._read(
+            lambda db: sqlite_job_rows.list_jobs(db, tenant, before, limit, states, adapter)
+        )
+
+    async def active_jobs(self) -> list[JobRecord]:
+        return await self._read(sqlite_job_rows.active_jobs)
+
+    async def change_job(self, seen: JobRecord, change: JobChange) -> JobRecord:
+        return await self._write(
+            lambda db: sqlite_job_changes.change_job(db, seen, change, self._clock_ns())
+        )
+
+    async def intend(self, tenant: str, name: str, intent: Intent) -> JobRecord:
+        return await self._write(lambda db: sqlite_job_changes.intend(db, tenant, name, intent))
+
+    async def delete_job(self, tenant: str, name: str) -> JobRecord:
+        return await self._write(lambda db: sqlite_job_changes.delete_job(db, tenant, name))
+
+    async def job_events(
+        self, tenant: str, name: str, *, after: int, limit: int
+    ) -> list[JobEventRecord]:
+        check_limit(limit)
+        return await self._read(
+            lambda db: sqlite_job_events.list_job_events(
+                db, sqlite_job_rows.read_job(db, tenant, name).uid, after, limit
+            )
+        )
