@@ -82,23 +82,32 @@ def check_config(path: Path, max_lora_rank: int, findings: Findings) -> LoraRule
     config = _read(path, findings)
     if config is None:
         return LoraRules(max_lora_rank)
+    return check_fields(config, max_lora_rank, lambda field: findings)
+
+
+def check_fields(
+    config: Mapping[str, Any], max_lora_rank: int, findings_of: Callable[[str], Findings]
+) -> LoraRules:
+    """Add what is wrong with a config to the findings of each of its fields; those of the
+    empty name are of the whole.
+    """
     refused = {
         field
         for field, check in _FIELD_CHECKS.items()
-        if not check(config.get(field), max_lora_rank, findings)
+        if not check(config.get(field), max_lora_rank, findings_of(field))
     }
     patterns = [config.get("rank_pattern"), config.get("alpha_pattern")]
     if sum(len(pattern) for pattern in patterns if isinstance(pattern, dict)) > MAX_PATTERNS:
-        findings.add(
+        findings_of("rank_pattern").add(
             f"rank_pattern and alpha_pattern have more than {MAX_PATTERNS} keys together: write "
             "the ends of module names, which stand for all layers"
         )
         refused |= {"rank_pattern", "alpha_pattern"}
     for field, sentence in _REFUSED.items():
         if config.get(field):
-            findings.add(sentence)
+            findings_of(field).add(sentence)
             refused.add(field)
-    return _ask_vllm(config, refused, max_lora_rank, findings)
+    return _ask_vllm(config, refused, max_lora_rank, findings_of(""))
 
 
 def _read(path: Path, findings: Findings) -> dict[str, Any] | None:
@@ -126,7 +135,7 @@ def _read(path: Path, findings: Findings) -> dict[str, Any] | None:
 
 
 def _ask_vllm(
-    config: dict[str, Any], refused: set[str], max_lora_rank: int, findings: Findings
+    config: Mapping[str, Any], refused: set[str], max_lora_rank: int, findings: Findings
 ) -> LoraRules:
     """vLLM's own rules, on the fields that are not refused yet: nothing is said twice."""
     from vllm.config.lora import LoRAConfig

@@ -1,6 +1,6 @@
 """The catalog: every adapter version from its source to READY, and from READY to its end.
 
-    begin (a number) -> inspect (copy, check) -> keep -> load and probe -> READY
+    begin (a number) -> inspect (copy, check) -> keep -> load and try -> READY
     drain (nobody gets it) -> out of every engine -> DELETED -> files gone
 
 The registry decides what is true. What a crash interrupts is done again at the next start.
@@ -14,10 +14,10 @@ import logging
 from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeAlias
 
 from engine.adapters import AdapterFacts
-from engine.errors import AdapterInvalid, AdapterLoadFailed, EngineError, GenerationFailed
+from engine.errors import AdapterInvalid, AdapterLoadFailed, AdapterNotChecked, EngineError
 from engine.generation import ServedVersion, VersionKey
 from engine.intake import UPLOAD_SCHEME, Announced, Inspected, Intake
 from engine.ledger import Ledger
@@ -25,6 +25,7 @@ from engine.pool import ShardPool
 from engine.probe import Probe
 from engine.residency import Place, Residency
 from engine.shelf import Shelf, finished, to_its_end
+from engine.trial import Trial, TryOut
 from store.artifacts import ArtifactDamaged, ArtifactStore
 from store.records import (
     AdapterRecord,
@@ -42,8 +43,11 @@ from store.uploads import UploadBusy, UploadStore
 
 logger = logging.getLogger(__name__)
 
-T = TypeVar("T")
+Refusal: TypeAlias = AdapterInvalid | None
+"""Why a validation ended in FAILED; None: it did not."""
 
+ADOPT_SCHEME = "adopt:"
+"""What request ids of adopted folders begin with."""
 GATEWAY = "gateway"
 """Actor of what the gateway does by itself."""
 INTERNAL_FINDING = (
@@ -69,11 +73,10 @@ class AdapterCatalog:
         self._uploads = uploads
         self._intake = intake
         self._residencies: Mapping[str, Residency] = {}
-        self._pool: ShardPool | None = None
-        self._probe: Probe | None = None
+        self._try_out: TryOut | None = None
         self._candidates: dict[VersionKey, ServedVersion] = {}
-        """Versions that are loaded and probed before they are READY."""
-        self._work: dict[tuple[VersionKey, VersionState], asyncio.Task[None]] = {}
+        """Versions that are loaded and tried before they are READY."""
+        self._work: dict[tuple[VersionKey, VersionState], asyncio.Task[Refusal]] = {}
         """Validations and deletions that run, by the state that they are to end."""
         self._begun: set[asyncio.Task[Any]] = set()
         """Steps that go on when their caller leaves."""
@@ -83,9 +86,16 @@ class AdapterCatalog:
         """Validations and deletions that run or wait for their turn."""
         return len(self._work)
 
-    def serve_on(self, residencies: Mapping[str, Residency], pool: ShardPool, probe: Probe) -> None:
-        """Load and probe on these shards from now on."""
-        self._residencies, self._pool, self._probe = residencies, pool, probe
+    def serve_on(
+        self,
+        residencies: Mapping[str, Residency],
+        pool: ShardPool,
+        probe: Probe,
+        trials: Mapping[str, Trial] = {},
+    ) -> None:
+        """Load and try on these shards from now on; `trials` as TryOut has them."""
+        self._residencies = residencies
+        self._try_out = TryOut(self.load, pool, probe, trials)
 
     async def resume(self) -> None:
         """Go on with what the last process left undone, and sweep what it left over."""
@@ -112,7 +122,7 @@ class AdapterCatalog:
         """Check an adapter and keep nothing. Raises AdapterInvalid, SourceNotAllowed."""
         self._intake.check_source(source_uri, source_uri)
         async with self._intake.inspect(tenant, source_uri, source_uri, announced) as inspected:
-            return inspected.facts, _content(inspected)
+            return inspected.facts, inspected.content
 
     async def create(self, new: NewVersion, *, request_id: str, actor: str) -> VersionRecord:
         """Begin a version, or find the one that this request made. Returns at once.
@@ -120,7 +130,7 @@ class AdapterCatalog:
         Raises AdapterInvalid and SourceNotAllowed for what cannot be a source, and
         RequestIdReused.
         """
-        if not new.source_uri.startswith(UPLOAD_SCHEME):
+        if not self._intake.is_own(new.source_uri):
             self._intake.check_source(new.adapter, new.source_uri)
         return await self._surely(self._create(new, request_id, actor))
 
@@ -131,13 +141,16 @@ class AdapterCatalog:
         return record
 
     async def settled(self, record: VersionRecord) -> VersionRecord:
-        """The version once it is READY. Raises AdapterInvalid when it fails."""
-        key = _key(record)
+        """The version once it is READY. When it fails, raises AdapterInvalid: the kind that says
+        why, unless it had failed before this was called.
+        """
+        key, kind = _key(record), AdapterInvalid
         if (work := self._work.get((key, VersionState.VALIDATING))) is not None:
-            await asyncio.shield(work)
+            refusal = await asyncio.shield(work)
+            kind = type(refusal) if refusal is not None else kind
         record = await self._registry.version(*key)
         if record.state is VersionState.FAILED:
-            raise AdapterInvalid(record.adapter, record.findings, record.version)
+            raise kind(record.adapter, record.findings, record.version)
         return record
 
     async def adopt(self, tenant: str, adapter: str, folder: Path) -> VersionRecord:
@@ -155,52 +168,59 @@ class AdapterCatalog:
             try:
                 await self._admit(record, inspected)
             except AdapterInvalid as error:
-                await self._refuse(record, error.findings)
+                await self._refuse(record, error)
                 raise
         return await self._registry.version(*_key(record))
 
     async def _begin_adopted(self, new: NewVersion, digest: str) -> VersionRecord:
         """The version that an earlier start was cut off with, or a new one."""
-        request_id = f"adopt:{new.adapter}:{digest}"
+        request_id = f"{ADOPT_SCHEME}{new.adapter}:{digest}"
         with contextlib.suppress(RequestIdReused):  # the same bytes lay elsewhere then
             record = await self._ledger.begin(new, request_id=request_id, actor=GATEWAY)
             if record.state is VersionState.VALIDATING:
                 return record
         return await self._ledger.begin(new, request_id="", actor=GATEWAY)
 
-    async def _validate(self, record: VersionRecord) -> None:
+    async def _validate(self, record: VersionRecord) -> Refusal:
         """From VALIDATING to READY or FAILED. If a shard dies, the next start goes on."""
         record = await self._registry.version(*_key(record))
         if record.state is not VersionState.VALIDATING:
-            return  # since it was looked at
+            return None  # since it was looked at
         announced = Announced(record.expected_sha256, record.fingerprints)
+        refusal: Refusal = None
         try:
             async with self._intake.inspect(
                 record.tenant, record.adapter, record.source_uri, announced
             ) as inspected:
                 await self._admit(record, inspected)
         except AdapterInvalid as error:
-            await self._refuse(record, error.findings)
-        except (SourceNotAllowed, ArtifactDamaged) as error:  # allowed before a restart
-            await self._refuse(record, [str(error)])
+            refusal = error
+        except SourceNotAllowed as error:  # allowed before a restart
+            refusal = AdapterInvalid(record.adapter, [str(error)])
+        except ArtifactDamaged as error:
+            refusal = AdapterNotChecked(record.adapter, [str(error)])
         except OSError as error:
             logger.error("%s: %s", _name(record), error)
             reason = f"the gateway could not store it ({error.strerror}): create it again later"
-            await self._refuse(record, [reason])
+            refusal = AdapterNotChecked(record.adapter, [reason])
+        if refusal is not None:
+            await self._refuse(record, refusal)
         if record.source_uri.startswith(UPLOAD_SCHEME):
             upload_id = record.source_uri.removeprefix(UPLOAD_SCHEME)
             with contextlib.suppress(UploadBusy, OSError):  # else it is swept
                 await asyncio.to_thread(self._uploads.drop, record.tenant, upload_id)
+        return refusal
 
     async def _admit(self, record: VersionRecord, inspected: Inspected) -> None:
-        """Keep the files, load and probe the version, make it READY. Raises AdapterInvalid;
+        """Keep the files, load and try the version, make it READY. Raises AdapterInvalid;
         then nothing of it is left in the store or in an engine."""
-        key, content = _key(record), _content(inspected)
+        key, content = _key(record), inspected.content
         ready = False
         try:
             async with self._shelf.keeping(inspected.staged) as artifact:
                 self._candidates[key] = _served(record, content.digest, artifact.path)
-                await self._try_out(key)
+                assert self._try_out is not None
+                await self._try_out.run(record)
                 await finished(self._ledger.complete(key, content, actor=GATEWAY))
             ready = True
             logger.info("%s is READY: rank %d", _name(record), content.rank)
@@ -209,23 +229,9 @@ class AdapterCatalog:
             if not ready:
                 await asyncio.shield(self._forget(key, content.digest))
 
-    async def _try_out(self, key: VersionKey) -> None:
-        assert self._pool is not None and self._probe is not None
-        try:
-            await self.load(key)
-            async with self._pool.route_to(key).lease() as version:
-                assert version is not None
-                findings = await self._probe.findings(version)
-        except AdapterLoadFailed as error:
-            findings = [error.reason]
-        except GenerationFailed as error:
-            findings = [f"the engine cannot answer with it: {error}"]
-        if findings:
-            raise AdapterInvalid(key.adapter, findings, key.version)
-
-    async def _refuse(self, record: VersionRecord, findings: Sequence[str]) -> None:
-        await self._ledger.fail(_key(record), findings, actor=GATEWAY)
-        logger.warning("%s FAILED: %s", _name(record), "; ".join(findings))
+    async def _refuse(self, record: VersionRecord, refusal: AdapterInvalid) -> None:
+        await self._ledger.fail(_key(record), refusal.findings, actor=GATEWAY)
+        logger.warning("%s FAILED: %s", _name(record), "; ".join(refusal.findings))
 
     # --- from READY to the end ----------------------------------------------
 
@@ -330,8 +336,8 @@ class AdapterCatalog:
         return renamed
 
     def _begin_work(
-        self, record: VersionRecord, work: Coroutine[Any, Any, None]
-    ) -> asyncio.Task[None]:
+        self, record: VersionRecord, work: Coroutine[Any, Any, Refusal]
+    ) -> asyncio.Task[Refusal]:
         """Run a validation or deletion, once at a time for each version."""
         name = _key(record), record.state
         if name in self._work:
@@ -341,18 +347,22 @@ class AdapterCatalog:
         task.add_done_callback(lambda task: self._end_work(name, task))
         return task
 
-    async def _until_done(self, record: VersionRecord, work: Coroutine[Any, Any, None]) -> None:
+    async def _until_done(
+        self, record: VersionRecord, work: Coroutine[Any, Any, Refusal]
+    ) -> Refusal:
         try:
-            await work
+            return await work
         except EngineError:
             raise
         except Exception:
             logger.exception("%s: unexpected", _name(record))
             if record.state is not VersionState.VALIDATING:
                 raise
-            await self._refuse(record, [INTERNAL_FINDING])
+            refusal = AdapterNotChecked(record.adapter, [INTERNAL_FINDING])
+            await self._refuse(record, refusal)
+            return refusal
 
-    def _end_work(self, name: tuple[VersionKey, VersionState], task: asyncio.Task[None]) -> None:
+    def _end_work(self, name: tuple[VersionKey, VersionState], task: asyncio.Task[Refusal]) -> None:
         del self._work[name]
         if not task.cancelled() and (error := task.exception()) is not None:
             logger.error("%s: left for the next start: %s", name[0], error)
@@ -381,15 +391,4 @@ def _served(record: VersionRecord, digest: str, path: Path) -> ServedVersion:
         lora_int_id=record.lora_int_id,
         path=str(path),
         digest=digest,
-    )
-
-
-def _content(inspected: Inspected) -> Content:
-    staged, facts = inspected.staged, inspected.facts
-    return Content(
-        digest=staged.digest,
-        weights_sha256=staged.weights_sha256,
-        size_bytes=staged.size_bytes,
-        rank=facts.rank,
-        target_modules=facts.target_modules,
     )

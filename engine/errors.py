@@ -10,7 +10,10 @@
     │   ├── InvalidStructuredOutput
     │   └── ChatTemplateRefused
     ├── ChatTemplateMissing      the base model has no chat template
-    ├── AdapterInvalid           refused by validation, or by the engine's probe
+    ├── AdapterInvalid           refused by validation
+    │   ├── ProbeFailed          refused for its answers in the engine
+    │   ├── TrialFailed          refused by what its kind of source has to pass besides
+    │   └── AdapterNotChecked    it could not be checked; it may be as good as any
     ├── AdapterNotFound
     │   └── VersionNotFound
     ├── AdapterNotReady          it exists, and cannot answer
@@ -115,6 +118,18 @@ class AdapterInvalid(EngineError):
         self.findings = tuple(findings)
         self.version = version
         """The number that it had got; 0 if none."""
+
+
+class ProbeFailed(AdapterInvalid):
+    """Its answers in the engine are of no use."""
+
+
+class TrialFailed(AdapterInvalid):
+    """It does not pass what versions of its kind of source have to pass."""
+
+
+class AdapterNotChecked(AdapterInvalid):
+    """It could not be checked to the end, and `findings` say why: the same again may pass."""
 
 
 MAX_NAMES = 10

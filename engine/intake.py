@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import threading
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -18,15 +19,20 @@ from typing import Any, TypeVar
 
 from engine.adapters import AdapterFacts, check_adapter
 from engine.base_model import ModelFingerprints, ModuleShapes
-from engine.errors import AdapterInvalid
+from engine.errors import AdapterInvalid, AdapterNotChecked
 from store.artifacts import ArtifactStore, SourceUnusable, StagedArtifact
+from store.records import Content
 from store.sources import AllowedSources, LocalFolder, RemoteFolder
 from store.uploads import UploadIncomplete, UploadStore, UploadUnknown
+
+logger = logging.getLogger(__name__)
 
 UPLOAD_SCHEME = "upload:"
 """What stands before the id of an upload, where others have the URI of a source."""
 MAX_AT_ONCE = 2
 """Adapters that are copied or checked at once: each takes a processor and a tensor's memory."""
+
+GONE_FINDING = "the files that it is made of are gone or damaged: make it again"
 
 T = TypeVar("T")
 
@@ -48,6 +54,17 @@ class Inspected:
     staged: StagedArtifact
     facts: AdapterFacts
 
+    @property
+    def content(self) -> Content:
+        """What the registry keeps of it."""
+        return Content(
+            digest=self.staged.digest,
+            weights_sha256=self.staged.weights_sha256,
+            size_bytes=self.staged.size_bytes,
+            rank=self.facts.rank,
+            target_modules=self.facts.target_modules,
+        )
+
 
 class Intake:
     """Stages and checks adapters for one base model."""
@@ -62,8 +79,13 @@ class Intake:
         *,
         max_lora_rank: int,
         dtype: str,
+        folders: Mapping[str, Callable[[str], Path]] = {},
     ) -> None:
-        """`shapes` are the base model's linear modules, `dtype` is what it computes in."""
+        """`shapes` are the base model's linear modules, `dtype` is what it computes in.
+
+        `folders` tells where adapters lie that we made ourselves, by what their URIs begin with;
+        each is called with the rest of a URI, which callers of the gateway cannot choose.
+        """
         self._store = store
         self._uploads = uploads
         self._sources = sources
@@ -71,7 +93,12 @@ class Intake:
         self._served = asdict(served)
         self._max_lora_rank = max_lora_rank
         self._dtype = dtype
+        self._own_folders = folders
         self._places = asyncio.Semaphore(MAX_AT_ONCE)
+
+    def is_own(self, source_uri: str) -> bool:
+        """Whether that is ours to read, as uploads are, and no place that a caller named."""
+        return source_uri.startswith((UPLOAD_SCHEME, *self._own_folders))
 
     def check_source(self, adapter: str, source_uri: str) -> None:
         """Whether the gateway may read there. Looks at the text alone.
@@ -87,8 +114,8 @@ class Intake:
     async def inspect(
         self, tenant: str, adapter: str, source_uri: str, announced: Announced
     ) -> AsyncIterator[Inspected]:
-        """Copy and check the adapter at an allowed URI or `upload:ID`. The copy is dropped at
-        the end of the block unless it was committed.
+        """Copy and check the adapter at an allowed URI, or at one that `is_own`. The copy is
+        dropped at the end of the block unless it was committed.
 
         Raises AdapterInvalid with every finding, SourceNotAllowed, and OSError if our own disk
         fails or is full.
@@ -133,6 +160,9 @@ class Intake:
         try:
             return self._store.stage(self._folder(tenant, source))
         except (SourceUnusable, UploadIncomplete, UploadUnknown) as error:
+            if isinstance(source, str) and source.startswith(tuple(self._own_folders)):
+                logger.error("%s: %s", source, error)  # which names folders of ours
+                raise AdapterNotChecked(adapter, [GONE_FINDING]) from error
             raise AdapterInvalid(adapter, [str(error)]) from error
 
     def _folder(self, tenant: str, source: str | Path) -> Path | LocalFolder | RemoteFolder:
@@ -140,6 +170,9 @@ class Intake:
             return source
         if source.startswith(UPLOAD_SCHEME):
             return self._uploads.path(tenant, source.removeprefix(UPLOAD_SCHEME))
+        for scheme, folder in self._own_folders.items():
+            if source.startswith(scheme):
+                return folder(source.removeprefix(scheme))
         return self._sources.resolve(source)
 
     def _check(self, adapter: str, staged: StagedArtifact, announced: Announced) -> Inspected:

@@ -15,7 +15,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from engine.errors import (
     AdapterLoadFailed,
@@ -33,6 +33,9 @@ LOAD_ATTEMPTS = 2
 FAILURE_KEPT_S = 2.0
 """How long requests are answered with the last failure, before a load is tried again."""
 
+UNLOAD_RETRY_S = 1.0
+"""Between two tries to remove a version that the engine may hold still."""
+
 SURVEY_INTERVAL_S = 1.0
 """How often is looked for an idle version, while all are in use."""
 
@@ -48,7 +51,7 @@ class Loader(Protocol):
         """Load it. Raises GenerationFailed or ShardUnavailable."""
 
     async def unload(self, version: ServedVersion) -> None:
-        """Remove it; nothing runs on it."""
+        """Remove it, also if it is not there; nothing runs on it. Raises ShardUnavailable."""
 
 
 class Versions(Protocol):
@@ -88,6 +91,16 @@ class Place:
 
 
 @dataclass(frozen=True, slots=True)
+class _Leaving:
+    """A version on its way out; it takes a place until the engine has confirmed that."""
+
+    removed: asyncio.Future[None]
+    """Whether the first try did it; raises ShardUnavailable if not."""
+    task: asyncio.Task[None]
+    """Ends when it is out for sure."""
+
+
+@dataclass(frozen=True, slots=True)
 class _Failure:
     reason: str
     time_s: float
@@ -116,7 +129,7 @@ class Residency:
         self._places: dict[VersionKey, Place] = {}
         self._wanted: dict[VersionKey, asyncio.Future[ServedVersion]] = {}
         """In the order of arrival; the first is the next, or is being loaded."""
-        self._leaving: dict[VersionKey, asyncio.Task[None]] = {}
+        self._leaving: dict[VersionKey, _Leaving] = {}
         self._failures: dict[VersionKey, _Failure] = {}
         self._changed = asyncio.Event()
         self._ended = False
@@ -155,13 +168,16 @@ class Residency:
         return await asyncio.shield(self._enqueue(key))
 
     async def remove(self, key: VersionKey) -> None:
-        """Take a version out, when nothing runs on it any more. Cancelled, it goes on."""
+        """Take a version out, when nothing runs on it any more. Cancelled, it goes on.
+
+        Raises ShardUnavailable if the engine did not do it yet; it is tried again until it did.
+        """
         if (wanted := self._wanted.get(key)) is not None and key not in self._leaving:
             await asyncio.wait((wanted,))  # it is being loaded, or about to be
         if key not in self._leaving and key in self._places:
             self._begin_leave(key)
         if (leaving := self._leaving.get(key)) is not None:
-            await asyncio.shield(leaving)
+            await asyncio.shield(leaving.removed)
 
     async def run(self) -> None:
         """Load what is wanted, one after the other, until cancelled."""
@@ -171,9 +187,10 @@ class Residency:
                 await self._serve(key)
         finally:
             self._ended = True
-            for task in self._leaving.values():
+            tasks = [leaving.task for leaving in self._leaving.values()]
+            for task in tasks:
                 task.cancel()
-            await asyncio.gather(*self._leaving.values(), return_exceptions=True)
+            await asyncio.gather(*tasks, return_exceptions=True)
             for wanted in self._wanted.values():
                 wanted.cancel()
 
@@ -268,7 +285,7 @@ class Residency:
             elif not self._leaving:
                 self._begin_leave(by_last_use[0])
             await asyncio.wait(
-                list(self._leaving.values()),
+                [leaving.task for leaving in self._leaving.values()],
                 timeout=SURVEY_INTERVAL_S,
                 return_when=asyncio.FIRST_COMPLETED,
             )
@@ -276,13 +293,38 @@ class Residency:
     def _begin_leave(self, key: VersionKey) -> None:
         # From here on no process that joins is told of it, and whoever wants it waits.
         place = self._places.pop(key)
-        task = asyncio.create_task(self._leave(key, place.version))
-        self._leaving[key] = task
+        removed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        removed.add_done_callback(_retrieve)
+        task = asyncio.create_task(self._leave(key, place.version, removed))
+        self._leaving[key] = _Leaving(removed, task)
         task.add_done_callback(lambda task: self._left(key, task))
 
-    async def _leave(self, key: VersionKey, version: ServedVersion) -> None:
-        await self._holders.leave(self.shard, key)
-        await self._shard.unload(version)
+    async def _leave(
+        self, key: VersionKey, version: ServedVersion, removed: asyncio.Future[None]
+    ) -> None:
+        try:
+            await self._holders.leave(self.shard, key)
+            while not await self._try_unload(key, version, removed):  # noqa: ASYNC110  # a call each
+                await asyncio.sleep(UNLOAD_RETRY_S)
+        finally:
+            if not removed.done():
+                removed.cancel()
+
+    async def _try_unload(
+        self, key: VersionKey, version: ServedVersion, removed: asyncio.Future[None]
+    ) -> bool:
+        """Whether the engine has let go of it for sure."""
+        try:
+            await self._shard.unload(version)
+        except EngineError as error:
+            # Its place is not free: a load into it might be one too many for the engine.
+            if not removed.done():
+                logger.error("%s: %s may not be removed yet: %s", self.shard, key, error)
+                removed.set_exception(error)
+            return False
+        if not removed.done():
+            removed.set_result(None)
+        return True
 
     def _left(self, key: VersionKey, task: asyncio.Task[None]) -> None:
         del self._leaving[key]
@@ -301,7 +343,7 @@ class Residency:
         return failure
 
 
-def _retrieve(future: asyncio.Future[ServedVersion] | asyncio.Task[None]) -> None:
+def _retrieve(future: asyncio.Future[Any]) -> None:
     """Look at an error that nobody may be waiting for."""
     if not future.cancelled():
         future.exception()

@@ -13,10 +13,12 @@ from dataclasses import asdict
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from engine.adapters import AdapterFacts
+from engine.catalog import ADOPT_SCHEME
 from engine.errors import InvalidRequest, Violation
 from engine.generation import VersionKey
 from engine.intake import UPLOAD_SCHEME, Announced
 from engine.residency import Place
+from gateway.checkpoint_sources import TRAIN_SCHEME
 from lora_gateway.v1 import adapters_pb2 as pb
 from lora_gateway.v1.inference_pb2 import ModelFingerprints
 from store.artifacts import MAX_CONFIG_BYTES, MAX_WEIGHTS_BYTES
@@ -37,6 +39,8 @@ from store.uploads import UploadPlan, UploadStatus
 
 UPLOAD_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 MAX_REQUEST_ID_BYTES = 128
+OUR_REQUEST_IDS = (UPLOAD_SCHEME, ADOPT_SCHEME, TRAIN_SCHEME)
+"""How request ids begin that the gateway makes: who could name one would find its version."""
 MAX_SOURCE_BYTES = 2048
 MAX_LABELS, MAX_LABEL_KEY_BYTES, MAX_LABEL_VALUE_BYTES = 32, 63, 255
 MAX_ARMS, MAX_WEIGHT = 16, 1_000_000
@@ -82,13 +86,14 @@ def decode_create(request: pb.CreateAdapterVersionRequest, tenant: str) -> NewVe
     wrong = [
         *name_violations(request.adapter),
         *_source_violations(request.source_uri, request.expected_sha256),
-        *_label_violations(request.labels, "labels"),
+        *label_violations(request.labels, "labels"),
         *_fingerprint_violations(request.fingerprints, "fingerprints"),
     ]
     if len(request.request_id.encode()) > MAX_REQUEST_ID_BYTES:
         wrong.append(Violation("request_id", f"may have {MAX_REQUEST_ID_BYTES} bytes"))
-    if request.request_id.startswith(UPLOAD_SCHEME):
-        wrong.append(Violation("request_id", f"must not begin with {UPLOAD_SCHEME}"))
+    for scheme in OUR_REQUEST_IDS:
+        if request.request_id.startswith(scheme):
+            wrong.append(Violation("request_id", f"must not begin with {scheme}"))
     refuse(wrong)
     return NewVersion(
         tenant=tenant,
@@ -117,7 +122,7 @@ def decode_upload(header: pb.UploadHeader) -> UploadPlan:
     wrong = [
         *name_violations(header.adapter, "header.adapter"),
         *upload_id_violations(header.upload_id, "header.upload_id"),
-        *_label_violations(header.labels, "header.labels"),
+        *label_violations(header.labels, "header.labels"),
         *_fingerprint_violations(header.fingerprints, "header.fingerprints"),
     ]
     if not 1 <= len(header.adapter_config) <= MAX_CONFIG_BYTES:
@@ -235,11 +240,14 @@ def _source_violations(source_uri: str, expected_sha256: str) -> Iterable[Violat
         yield Violation("source_uri", f"may have {MAX_SOURCE_BYTES} bytes")
     elif source_uri.startswith(UPLOAD_SCHEME):
         yield Violation("source_uri", "names an upload; UploadAdapterVersion makes it a version")
+    elif source_uri.startswith(TRAIN_SCHEME):
+        yield Violation("source_uri", "names a checkpoint; PublishCheckpoint makes it a version")
     if expected_sha256 and not DIGEST.fullmatch(expected_sha256):
         yield Violation("expected_sha256", "must be 64 lower-case hex digits, or empty")
 
 
-def _label_violations(labels: Mapping[str, str], field: str) -> Iterable[Violation]:
+def label_violations(labels: Mapping[str, str], field: str) -> Iterable[Violation]:
+    """What is wrong with labels."""
     if len(labels) > MAX_LABELS:
         yield Violation(field, f"may have {MAX_LABELS} entries")
         return
@@ -338,7 +346,7 @@ def encode_upload(status: UploadStatus) -> pb.QueryUploadResponse:
     expires_s = status.expire_time_s
     return pb.QueryUploadResponse(
         offset=status.offset,
-        weights_size_bytes=status.weights_size_bytes,
+        weights_size_bytes=status.size_bytes,
         expire_time=None if expires_s is None else encode_time(int(expires_s * 1e9)),
     )
 

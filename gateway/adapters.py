@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable
-from typing import Any, TypeVar
+from collections.abc import AsyncIterator
 
 from engine.catalog import AdapterCatalog
-from engine.errors import AdapterInvalid, InvalidRequest, Violation
+from engine.errors import AdapterInvalid
 from engine.generation import VersionKey
 from engine.intake import UPLOAD_SCHEME
 from engine.ledger import Ledger
@@ -18,6 +17,7 @@ from gateway.call import current_call
 from gateway.evaluation import Evaluations
 from gateway.exceptions import SequenceUnknown
 from gateway.judgement import Judgement
+from gateway.upload_stream import read_header, receive
 from gateway.wrap import Context
 from lora_gateway.v1 import adapters_pb2 as pb
 from lora_gateway.v1.adapters_pb2_grpc import AdaptersServicer
@@ -30,13 +30,11 @@ from store.records import (
 )
 from store.registry import Registry
 from store.upload_folder import full_disk_is_said
-from store.uploads import Upload, UploadPlan, UploadStore
+from store.uploads import UploadStore
 
 HEARTBEAT_S = 15.0
 MAX_RUNNING = 256
 """Validations and deletions at once. A caller may name sources that take an hour."""
-UPLOAD_IDLE_S = 60.0
-"""How long an upload may say nothing. What came is kept."""
 
 PATIENT_METHODS = frozenset(
     {
@@ -51,8 +49,6 @@ PATIENT_METHODS = frozenset(
     }
 )
 """They take as long as an adapter is large, a stream runs or a caller looks on."""
-
-T = TypeVar("T")
 
 
 class Adapters(AdaptersServicer):
@@ -104,18 +100,13 @@ class Adapters(AdaptersServicer):
     async def UploadAdapterVersion(
         self, request_iterator: AsyncIterator[pb.UploadAdapterVersionRequest], context: Context
     ) -> pb.UploadAdapterVersionResponse:
-        header = await _header(request_iterator)
+        header = await read_header(request_iterator)
         plan = codec.decode_upload(header)
         new = codec.version_of_upload(plan, _tenant())
         record = await self._registry.version_of_request(_tenant(), new.source_uri)
         if record is None:
             self._refuse_too_many()
-            upload = await _opened(self._uploads, _tenant(), plan)
-            try:
-                await _receive(request_iterator, upload)
-                await _in_thread(upload.finish)
-            finally:
-                await _in_thread(upload.close)
+            await receive(request_iterator, lambda: self._uploads.open(_tenant(), plan))
         # Again after a complete upload this finds the version that it became.
         record = await self._catalog.create(new, request_id=new.source_uri, actor=_actor())
         if header.wait:
@@ -284,62 +275,3 @@ def _tenant() -> str:
 
 def _actor() -> str:
     return current_call().principal.actor
-
-
-async def _opened(uploads: UploadStore, tenant: str, plan: UploadPlan) -> Upload:
-    """The upload, to be closed by the caller; if it is cancelled nobody else could."""
-    opened: list[Upload] = []
-    try:
-        await _in_thread(lambda: opened.append(uploads.open(tenant, plan)))
-    except asyncio.CancelledError:
-        for upload in opened:
-            await _in_thread(upload.close)
-        raise
-    return opened[0]
-
-
-async def _header(
-    requests: AsyncIterator[pb.UploadAdapterVersionRequest],
-) -> pb.UploadHeader:
-    request = await _next(requests)
-    if request is None or request.WhichOneof("item") != "header":
-        raise InvalidRequest(Violation("header", "must be the first message of an upload"))
-    return request.header
-
-
-async def _receive(requests: AsyncIterator[pb.UploadAdapterVersionRequest], upload: Upload) -> None:
-    """Write what comes, until the caller has sent all."""
-    while (request := await _next(requests)) is not None:
-        if request.WhichOneof("item") != "chunk":
-            raise InvalidRequest(Violation("chunk", "is all that may follow the header"))
-        chunk = request.chunk
-        if not 1 <= len(chunk.data) <= codec.MAX_CHUNK_BYTES:
-            raise InvalidRequest(
-                Violation("chunk.data", f"must be 1 to {codec.MAX_CHUNK_BYTES} bytes")
-            )
-        await _in_thread(upload.write, chunk.offset, chunk.data)
-
-
-async def _in_thread(function: Callable[..., T], *arguments: Any) -> T:
-    """Run `function` in a thread, to its end: an upload bears one thread at a time, and a
-    thread cannot be cancelled."""
-    running = asyncio.ensure_future(asyncio.to_thread(function, *arguments))
-    try:
-        return await asyncio.shield(running)
-    except asyncio.CancelledError:
-        while not running.done():  # however often we are cancelled
-            with contextlib.suppress(asyncio.CancelledError):
-                await asyncio.wait((running,))
-        raise
-
-
-async def _next(
-    requests: AsyncIterator[pb.UploadAdapterVersionRequest],
-) -> pb.UploadAdapterVersionRequest | None:
-    try:
-        async with asyncio.timeout(UPLOAD_IDLE_S):
-            return await anext(requests, None)
-    except TimeoutError:
-        raise InvalidRequest(
-            Violation("chunk", f"nothing came for {UPLOAD_IDLE_S:g} s; go on with the upload later")
-        ) from None

@@ -16,6 +16,8 @@ from typing import Annotated, NoReturn
 import typer
 
 from gateway.cli_adapters import app as adapters_app
+from gateway.cli_datasets import app as datasets_app
+from gateway.cli_jobs import app as jobs_app
 from gateway.cli_options import (
     DEFAULT_TARGET,
     Endpoint,
@@ -27,6 +29,7 @@ from gateway.cli_options import (
     TlsKey,
     errors_told,
 )
+from gateway.cli_training import app as training_app
 from gateway.terminal import as_json, enveloped, print_fields, print_text, summarize, tell
 from lora_gateway import (
     ChatMessage,
@@ -46,6 +49,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(adapters_app, name="adapters")
+app.add_typer(training_app)  # without a name: its command stands beside those below
+app.add_typer(jobs_app, name="jobs")
+app.add_typer(datasets_app, name="datasets")
 
 _SAMPLING = "Sampling"
 

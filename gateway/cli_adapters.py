@@ -9,11 +9,10 @@ from typing import Annotated
 
 import typer
 
-from gateway.cli_options import Json, connected
+from gateway.cli_options import Json, Labels, connected, label_map
 from gateway.cli_traffic import app as traffic_app
 from gateway.terminal import as_json
 from gateway.terminal_adapters import (
-    bar,
     event_line,
     print_adapter,
     print_adapters,
@@ -21,6 +20,7 @@ from gateway.terminal_adapters import (
     print_version,
     print_versions,
 )
+from gateway.terminal_table import bar
 from lora_gateway import GatewayClient
 from lora_gateway.v1.adapters_pb2 import ListAdaptersResponse, ListAdapterVersionsResponse
 
@@ -38,9 +38,6 @@ Source = Annotated[
     ),
 ]
 Sha256 = Annotated[str, typer.Option(help="What the weights must have, as sha256sum prints it.")]
-Labels = Annotated[
-    list[str] | None, typer.Option("--label", metavar="KEY=VALUE", help="Repeatable.")
-]
 Wait = Annotated[
     bool, typer.Option("--wait/--no-wait", help="Until the version is READY or was refused.")
 ]
@@ -84,7 +81,7 @@ async def create(
         name,
         _source_uri(source),
         expected_sha256=sha256,
-        labels=_labels(label),
+        labels=label_map(label),
         wait=wait,
         no_traffic=no_traffic,
         request_id=request_id,
@@ -114,7 +111,7 @@ async def upload(
             folder,
             adapter=name,
             upload_id=upload_id,
-            labels=_labels(label),
+            labels=label_map(label),
             wait=wait,
             no_traffic=no_traffic,
             progress=progress,
@@ -220,13 +217,3 @@ app.add_typer(traffic_app)
 def _source_uri(source: str) -> str:
     """A path of this machine made absolute, for a gateway that runs here too."""
     return source if "://" in source else str(Path(source).absolute())
-
-
-def _labels(given: list[str] | None) -> dict[str, str]:
-    labels = {}
-    for label in given or ():
-        key, equals, value = label.partition("=")
-        if not key or not equals:
-            raise typer.BadParameter(f"{label!r} is no KEY=VALUE", param_hint="--label")
-        labels[key] = value
-    return labels

@@ -29,6 +29,9 @@ def _pem_file(text: str) -> Any:
     )
 
 
+Labels = Annotated[
+    list[str] | None, typer.Option("--label", metavar="KEY=VALUE", help="Repeatable.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 Target = Annotated[
     str,
@@ -127,6 +130,17 @@ def connected(
     own = list(signature.parameters.values())[1:]
     run.__signature__ = signature.replace(parameters=[*own, *_CONNECTION_PARAMETERS])  # type: ignore[attr-defined]
     return run
+
+
+def label_map(given: list[str] | None) -> dict[str, str]:
+    """The labels by key. Raises BadParameter for one without a value."""
+    labels = {}
+    for label in given or ():
+        key, equals, value = label.partition("=")
+        if not key or not equals:
+            raise typer.BadParameter(f"{label!r} is no KEY=VALUE", param_hint="--label")
+        labels[key] = value
+    return labels
 
 
 _CONNECTION_PARAMETERS = [

@@ -14,12 +14,12 @@ from google.protobuf.json_format import Parse, ParseError
 from gateway.cli_options import Json, connected
 from gateway.terminal import as_json
 from gateway.terminal_adapters import (
-    bar,
     print_adapter,
     print_comparison,
     print_summary,
     result_line,
 )
+from gateway.terminal_table import bar
 from lora_gateway import (
     EvaluationExample,
     EvaluationProgress,

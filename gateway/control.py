@@ -1,7 +1,7 @@
 """The control plane: what the host knows of adapters, and the services that it answers.
 
     worker --Unix socket--> Adapters -> catalog -> ledger -> registry
-                                           |          '----> view, to all processes
+                       '--> Training ---^  |          '----> view, to all processes
                                            '-> residency -> shard
 
 Owned by the host. It puts the parts together, and ends them.
@@ -13,6 +13,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +28,15 @@ from engine.pool import ServedView, ShardPool
 from engine.probe import Probe
 from engine.residency import Residency
 from engine.residents import Residents
+from engine.servability import servable_modules
 from engine.shard import VllmShard
-from gateway import metrics
-from gateway.adapters import PATIENT_METHODS, Adapters
+from gateway import adapters, metrics, training
+from gateway.adapters import Adapters
 from gateway.admission import Admission, Draining
 from gateway.arms import Arms
 from gateway.call import Principal
 from gateway.channel import Ended, Want
+from gateway.checkpoint_sources import TRAIN_SCHEME
 from gateway.evaluation import Evaluations
 from gateway.judgement import Judgement
 from gateway.processes import Processes
@@ -41,14 +44,19 @@ from gateway.relay import caller
 from gateway.server import HOST_SERVICES, OPTIONS
 from gateway.settings import Settings
 from gateway.tracing import Tracing
+from gateway.training import Training
+from gateway.training_plane import TrainingPlane
 from gateway.workers import WorkerFleet
 from gateway.wrap import Edge, EdgeInterceptor
 from lora_gateway.v1.adapters_pb2_grpc import add_AdaptersServicer_to_server
+from lora_gateway.v1.training_pb2_grpc import add_TrainingServicer_to_server
 from store.artifacts import ArtifactStore
+from store.jobs import JobStore
 from store.records import VersionState
 from store.registry import Registry
 from store.sources import AllowedSources
 from store.uploads import UploadBusy, UploadStore
+from trainer.served import ServedModel
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +75,7 @@ class ControlPlane:
         state_dir: Path,
         socket_path: Path,
         registry: Registry,
+        jobs: JobStore,
         fleet: WorkerFleet,
     ) -> None:
         self.address = f"unix:{socket_path}"
@@ -82,6 +91,9 @@ class ControlPlane:
         self._judgement = Judgement(registry, self._ledger, self._arms, self._processes)
         self._admission = Admission(MAX_STREAMS)
         self._tracing = Tracing(settings.otlp_endpoint)
+        self._training = TrainingPlane(settings, state_dir, jobs)
+        self._served: ServedModel | None = None
+        self._shapes: ModuleShapes = {}
         self._residencies: dict[str, Residency] = {}
         self._residents: list[Residents] = []
         self._catalog: AdapterCatalog | None = None
@@ -92,6 +104,7 @@ class ControlPlane:
     async def open(self) -> None:
         """Read what is registered."""
         await self._ledger.open()
+        await self._training.open()
 
     @property
     def view(self) -> ServedView:
@@ -111,17 +124,30 @@ class ControlPlane:
             case Ended(outcomes):
                 self._arms.record(outcomes)
 
-    def check_for(self, shapes: ModuleShapes, served: ModelFingerprints, dtype: str) -> None:
+    def check_for(
+        self, model_path: Path, shapes: ModuleShapes, prints: ModelFingerprints, dtype: str
+    ) -> None:
         """Take in adapters for this base model, which computes in `dtype`."""
         settings = self._settings
+        self._shapes = shapes
+        self._served = ServedModel(
+            name=settings.model,
+            path=model_path,
+            fingerprints=asdict(prints),
+            dtype=dtype,
+            max_model_len=settings.max_model_len,
+            max_lora_rank=int(settings.max_lora_rank),
+            target_modules=servable_modules(shapes),
+        )
         self._intake = Intake(
             self._store,
             self._uploads,
             self._sources,
             shapes,
-            served,
+            prints,
             max_lora_rank=int(settings.max_lora_rank),
             dtype=dtype,
+            folders={TRAIN_SCHEME: self._training.sources.adapter},
         )
         self._catalog = AdapterCatalog(
             self._ledger, self._registry, self._store, self._uploads, self._intake
@@ -135,8 +161,8 @@ class ControlPlane:
 
     def serve_on(self, shard: VllmShard) -> None:
         """Load, probe and evaluate on this shard. Call `run` from now on."""
-        assert self._catalog is not None
-        catalog = self._catalog
+        assert self._catalog is not None and self._served is not None
+        catalog, served = self._catalog, self._served
         residency = Residency(
             shard,
             self._settings.max_cpu_loras,
@@ -151,11 +177,14 @@ class ControlPlane:
         self._residencies[shard.name] = residency
         self._residents.append(residents)
         pool = ShardPool([shard], {shard.name: residents}, self.view)
-        catalog.serve_on(self._residencies, pool, Probe(shard))
+        catalog.serve_on(self._residencies, pool, Probe(shard), self._training.trials(served))
         evaluations = Evaluations(
             self._registry, self._sources, pool, shard, self._settings.max_num_seqs
         )
-        self._server = self._build_server(catalog, evaluations)
+        servicer = self._training.serve(
+            served, self._shapes, shard, catalog, self._registry, self._admission
+        )
+        self._server = self._build_server(catalog, evaluations, servicer)
 
     async def run(self) -> None:
         """Load what is wanted, watch what is guarded, sweep what is left, until closed."""
@@ -165,6 +194,7 @@ class ControlPlane:
                 tasks.create_task(residency.run())
             tasks.create_task(self._judgement.guard())
             tasks.create_task(self._sweep())
+            tasks.create_task(self._training.run())
 
     async def adopt(self, adapter: str, folder: Path) -> None:
         """Have the adapter in a folder of the operator's as a version, loaded. Raises
@@ -198,6 +228,7 @@ class ControlPlane:
             # First: a load takes a minute where the core does not answer.
             self._running.cancel()
             await asyncio.wait((self._running,))
+        await self._training.close()
         if self._catalog is not None:
             await self._catalog.close()
         await self._ledger.close()
@@ -205,7 +236,9 @@ class ControlPlane:
             await residents.close()
         await asyncio.to_thread(self._tracing.close)
 
-    def _build_server(self, catalog: AdapterCatalog, evaluations: Evaluations) -> grpc.aio.Server:
+    def _build_server(
+        self, catalog: AdapterCatalog, evaluations: Evaluations, training_servicer: Training
+    ) -> grpc.aio.Server:
         settings = self._settings
         edge = Edge(
             self._admission,
@@ -215,12 +248,12 @@ class ControlPlane:
             # A call is counted where it came in, by the worker that passed it on.
             lambda call, code, end_s: None,
             caller,
-            PATIENT_METHODS,
+            adapters.PATIENT_METHODS | training.PATIENT_METHODS,
         )
         server = grpc.aio.server(
             interceptors=[EdgeInterceptor(edge, HOST_SERVICES)], options=list(OPTIONS)
         )
-        adapters = Adapters(
+        servicer = Adapters(
             catalog,
             self._ledger,
             self._registry,
@@ -229,7 +262,8 @@ class ControlPlane:
             evaluations,
             self._admission,
         )
-        add_AdaptersServicer_to_server(adapters, server)
+        add_AdaptersServicer_to_server(servicer, server)
+        add_TrainingServicer_to_server(training_servicer, server)
         return server
 
     async def _sweep(self) -> None:
@@ -241,6 +275,7 @@ class ControlPlane:
     async def _sweep_uploads(self) -> None:
         """Drop uploads that nobody went on with, and complete ones that no version needs."""
         await asyncio.to_thread(self._uploads.sweep)
+        await self._training.sweep_uploads()
         for tenant, upload_id, is_old in await asyncio.to_thread(self._uploads.complete):
             made = await self._registry.version_of_request(tenant, UPLOAD_SCHEME + upload_id)
             if is_old if made is None else made.state is not VersionState.VALIDATING:

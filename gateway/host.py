@@ -33,12 +33,15 @@ from gateway.metrics import MetricsEndpoint
 from gateway.port import HeldPort, PortTaken
 from gateway.settings import Settings
 from gateway.workers import WorkerFleet, WorkerProcess
+from store.sqlite_jobs import SqliteJobs
 from store.sqlite_registry import SqliteRegistry
 from store.state_folder import StateFolder
 
 logger = logging.getLogger(__name__)
 
 SHARD_NAME = "shard-0"
+REGISTRY_FILE = "registry.sqlite"
+"""The one database, of adapters and of jobs."""
 LATE_MESSAGES_S = 1.0
 """How long after a worker's death the core may still read messages that it had sent."""
 CORE_DEATH_GRACE_S = 2.0
@@ -113,8 +116,10 @@ class Host:
 
         model_path = await asyncio.to_thread(resolve_model, settings.model, state.path)
         prints = await asyncio.to_thread(fingerprints, model_path)
-        registry = SqliteRegistry(state.path / "registry.sqlite")
+        registry = SqliteRegistry(state.path / REGISTRY_FILE)
         await self._owned.enter_async_context(registry)
+        jobs = SqliteJobs(state.path / REGISTRY_FILE)
+        await self._owned.enter_async_context(jobs)
 
         # Workers import while adapters are checked and the core loads: all take seconds.
         self._fleet = fleet = WorkerFleet(
@@ -124,7 +129,7 @@ class Host:
             lambda message: control.hear(message),
         )
         self._control = control = ControlPlane(
-            settings, state.path, self._run_dir / "control.sock", registry, fleet
+            settings, state.path, self._run_dir / "control.sock", registry, jobs, fleet
         )
         self._owned.push_async_callback(control.close)  # while the registry is open
         self._watch(fleet.run())
@@ -132,7 +137,8 @@ class Host:
 
         shapes = await asyncio.to_thread(base_model_shapes, model_path)
         config = await asyncio.to_thread(_engine_options(settings, model_path).build_config)
-        control.check_for(shapes, prints, str(config.model_config.dtype).removeprefix("torch."))
+        dtype = str(config.model_config.dtype).removeprefix("torch.")
+        control.check_for(model_path, shapes, prints, dtype)
         for adapter, folder in settings.adapter.items():
             await control.check(adapter, folder)  # before minutes are spent on the core
 

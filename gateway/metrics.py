@@ -15,6 +15,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, star
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 
 from engine.core import LATENCY_BUCKETS_S
+from engine.gate import Reason
 from gateway.call import Call
 
 UNRESOLVED_LABEL = "(none)"
@@ -70,6 +71,13 @@ _adapters_resident = Gauge(
     multiprocess_mode="livemax",
 )
 
+_gate_rejections = Counter(
+    "lora_gateway_gate_rejections",
+    "Trained adapters that were not published, by reason: logprob_delta, eval_loss, effect, "
+    "shape, other. One may have several.",
+    ["reason"],
+)
+
 
 def observe_load(shard: str, duration_s: float, ok: bool) -> None:
     """Note one load of an adapter version."""
@@ -79,6 +87,11 @@ def observe_load(shard: str, duration_s: float, ok: bool) -> None:
 def observe_resident(shard: str, count: int) -> None:
     """Note how many adapter versions an engine has loaded."""
     _adapters_resident.labels(shard).set(count)
+
+
+def observe_gate_rejection(reason: Reason) -> None:
+    """Count one trained adapter that was not published."""
+    _gate_rejections.labels(reason.value).inc()
 
 
 def itl_observer(adapter: str) -> Callable[[float], None]:

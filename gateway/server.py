@@ -16,7 +16,7 @@ from grpc_reflection.v1alpha.reflection_pb2_grpc import add_ServerReflectionServ
 from gateway.health import Health
 from gateway.settings import Settings
 from gateway.wrap import Edge, EdgeInterceptor
-from lora_gateway.v1 import adapters_pb2, inference_pb2
+from lora_gateway.v1 import adapters_pb2, inference_pb2, training_pb2
 from lora_gateway.v1.inference_pb2_grpc import InferenceServicer, add_InferenceServicer_to_server
 
 MAX_MESSAGE_BYTES = 8 * 1024 * 1024
@@ -24,16 +24,19 @@ MAX_MESSAGE_BYTES = 8 * 1024 * 1024
 caller can hold it; datasets and adapters are streamed."""
 INFERENCE = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
 ADAPTERS = adapters_pb2.DESCRIPTOR.services_by_name["Adapters"].full_name
-SERVICES = (INFERENCE, ADAPTERS)
+TRAINING = training_pb2.DESCRIPTOR.services_by_name["Training"].full_name
+SERVICES = (INFERENCE, ADAPTERS, TRAINING)
 """Full names of the services on the public address."""
-HOST_SERVICES = (ADAPTERS,)
+HOST_SERVICES = (ADAPTERS, TRAINING)
 """Those that the host answers, and workers pass on."""
 HOST_PATHS = frozenset(
-    f"/{ADAPTERS}/{method.name}"
-    for method in adapters_pb2.DESCRIPTOR.services_by_name["Adapters"].methods
+    f"/{service.full_name}/{method.name}"
+    for file in (adapters_pb2, training_pb2)
+    for service in file.DESCRIPTOR.services_by_name.values()
+    for method in service.methods
 )
 """Paths of their methods."""
-ENDLESS_METHODS = frozenset({"WatchAdapters"})
+ENDLESS_METHODS = frozenset({"WatchAdapters", "WatchJob", "GetJobLogs"})
 """Their calls end when the server drains: to wait for them would use up every grace."""
 _REFLECTION_V1 = "grpc.reflection.v1.ServerReflection"
 

@@ -32,6 +32,9 @@ class SettingsError(Exception):
 _HOST_AND_PORT = re.compile(r"(\[[^\[\]]+\]|[^\[\]:]+):([0-9]{1,5})")
 """An IPv6 address stands in brackets, or nobody could tell where its port begins."""
 
+PRICE = re.compile(r"([0-9]+(?:\.[0-9]+)?) ([A-Z]{3})")
+"""An amount and the three letters of a currency."""
+
 
 def _address(value: str) -> str:
     found = _HOST_AND_PORT.fullmatch(value)
@@ -114,6 +117,18 @@ class Settings(BaseSettings):
         "32", description="Highest rank an adapter may have."
     )
 
+    training_devices: Annotated[list[str], NoDecode] = Field(
+        default_factory=list,
+        description="cpu, or numbers of GPUs, that train; repeatable. Default: cpu where the "
+        "engine runs on it, else none.",
+    )
+    training_python: Path | None = Field(
+        None, description="Interpreter of training processes. Default: this one."
+    )
+    training_price: str | None = Field(
+        None, description="Price of a device hour for estimates, for example '2.50 EUR'."
+    )
+
     default_max_tokens: int = Field(
         512, ge=1, description="max_tokens when a request sets none; cut to the context."
     )
@@ -157,6 +172,30 @@ class Settings(BaseSettings):
             adapters[name] = path
         return adapters
 
+    @field_validator("training_devices", mode="before")
+    @classmethod
+    def _parse_devices(cls, value: object) -> object:
+        """A list from flags, comma-separated from the environment."""
+        entries = value if isinstance(value, list) else [value]
+        return [part for entry in entries for part in str(entry).split(",") if part]
+
+    @field_validator("training_devices")
+    @classmethod
+    def _check_devices(cls, value: list[str]) -> list[str]:
+        for device in value:
+            if device != "cpu" and not (device.isascii() and device.isdecimal()):
+                raise ValueError(f"{device!r} is neither cpu nor the number of a GPU")
+        if len(set(value)) != len(value):
+            raise ValueError("names a device twice; give each once")
+        return value
+
+    @field_validator("training_price")
+    @classmethod
+    def _check_price(cls, value: str | None) -> str | None:
+        if value is not None and not PRICE.fullmatch(value):
+            raise ValueError(f"{value!r} is no amount with a currency, for example '2.50 EUR'")
+        return value
+
     @field_validator("adapter_source_allow", mode="before")
     @classmethod
     def _parse_sources(cls, value: object) -> object:
@@ -195,9 +234,16 @@ class Settings(BaseSettings):
                 f"--listen {self.listen} is open to others and has no TLS; give --tls-cert and "
                 "--tls-key, or --insecure if something in front encrypts"
             )
+        if self.training_python is not None and not self.training_python.is_file():
+            raise ValueError(f"--training-python {self.training_python} is no file")
         if self.max_cpu_loras < self.max_loras:
             raise ValueError("--max-cpu-loras must be at least --max-loras")
         return self
+
+    @property
+    def devices_that_train(self) -> list[str]:
+        """As told; else the CPU if the engine runs on it, because a GPU is the engine's alone."""
+        return self.training_devices or (["cpu"] if _engine_runs_on_cpu() else [])
 
     @property
     def reflection_on(self) -> bool:
@@ -279,6 +325,9 @@ def prepare_environment(settings: Settings, metrics_dir: Path) -> None:
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "TRANSFORMERS_VERBOSITY": "error",
         "TOKENIZERS_PARALLELISM": "false",
+        # Training processes are forked and become another program at once: nothing of gRPC
+        # goes on in them, and it would say with each that it looked.
+        "GRPC_ENABLE_FORK_SUPPORT": "false",
         # Notes of torch and of third parties' code, once per process: not for operators.
         "TORCH_CPP_LOG_LEVEL": "ERROR",
         "PYTHONWARNINGS": "ignore::FutureWarning",
@@ -290,6 +339,12 @@ def prepare_environment(settings: Settings, metrics_dir: Path) -> None:
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     # Plain `python` on a console script's path finds ninja and others beside it.
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+
+
+def training_environment_base() -> dict[str, str]:
+    """What training processes inherit. They outlive the gateway, so not what is its alone."""
+    own = ("PROMETHEUS_MULTIPROC_DIR", "VLLM_")
+    return {name: value for name, value in os.environ.items() if not name.startswith(own)}
 
 
 def _engine_runs_on_cpu() -> bool:
@@ -306,7 +361,7 @@ def configure_logging() -> None:
     logging.basicConfig(
         level=logging.WARNING, format="%(asctime)s %(levelname)s %(process)d %(name)s: %(message)s"
     )
-    for package in ("gateway", "engine", "store"):
+    for package in ("gateway", "engine", "trainer", "store"):
         logging.getLogger(package).setLevel(logging.INFO)
-    for library in ("vllm", "torch", "torch._library.triton"):
+    for library in ("vllm", "torch", "torch._library.triton", "torch.utils._pytree", "torchao"):
         logging.getLogger(library).setLevel(logging.ERROR)

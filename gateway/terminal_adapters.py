@@ -6,18 +6,13 @@ terminal, and no bracket is markup.
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from datetime import UTC
+from collections.abc import Iterable, Mapping, Sequence
 
 import typer
-from google.protobuf.timestamp_pb2 import Timestamp
-from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from gateway.terminal import as_json
+from gateway.terminal_table import print_rows, print_table, printable, size_text, table, time_text
 from lora_gateway import (
     Adapter,
     AdapterEvent,
@@ -30,7 +25,6 @@ from lora_gateway import (
     Scorer,
     TrafficGuard,
     TrafficSplit,
-    UploadProgress,
     ValidateAdapterResponse,
     VersionState,
 )
@@ -50,8 +44,6 @@ MEASURES = (
 )
 """In the order of the table; named as `ArmDifference.measure`."""
 SIGNIFICANT = "* the confidence interval of the difference leaves out 0"
-PIPE_WIDTH = 10_000
-"""Columns that a table may take where no terminal sets a width: a row stays one line."""
 
 
 def print_validation(validation: ValidateAdapterResponse) -> None:
@@ -61,13 +53,13 @@ def print_validation(validation: ValidateAdapterResponse) -> None:
             typer.echo(printable(finding))
         return
     facts = validation.facts
-    _print_rows(
+    print_rows(
         ("rank", str(facts.rank)),
         ("target_modules", ", ".join(facts.target_modules)),
         ("modules", str(facts.module_count)),
         ("parameters", f"{facts.parameter_count:,}"),
         ("dtype", facts.dtype),
-        ("size", _size(facts.size_bytes)),
+        ("size", size_text(facts.size_bytes)),
         ("weights_sha256", facts.weights_sha256),
         ("digest", facts.digest),
     )
@@ -78,30 +70,30 @@ def print_adapter(adapter: Adapter, json: bool) -> None:
     if json:
         typer.echo(as_json(adapter))
         return
-    _print_rows(
+    print_rows(
         ("adapter", adapter.adapter),
         ("traffic", _splits(adapter.splits) or "none"),
         ("guard", _guard(adapter.guard) if adapter.HasField("guard") else "none"),
         ("latest_version", str(adapter.latest_version)),
         ("etag", adapter.etag),
-        ("create_time", _time(adapter.create_time)),
-        ("traffic_time", _time(adapter.traffic_time)),
+        ("create_time", time_text(adapter.create_time)),
+        ("traffic_time", time_text(adapter.traffic_time)),
     )
 
 
 def print_adapters(adapters: Iterable[Adapter]) -> None:
     """A table, one adapter a row."""
-    table = _table("adapter", "traffic", "latest", "guard", "traffic since", "etag")
+    shown = table("adapter", "traffic", "latest", "guard", "traffic since", "etag")
     for adapter in adapters:
-        table.add_row(
+        shown.add_row(
             adapter.adapter,
             _splits(adapter.splits) or "none",
             str(adapter.latest_version),
             f"version {adapter.guard.version}" if adapter.HasField("guard") else "none",
-            _time(adapter.traffic_time),
+            time_text(adapter.traffic_time),
             adapter.etag,
         )
-    _print(table)
+    print_table(shown)
 
 
 def print_version(version: AdapterVersion, json: bool) -> None:
@@ -110,39 +102,39 @@ def print_version(version: AdapterVersion, json: bool) -> None:
         typer.echo(as_json(version))
         return
     residency = [f"{held.shard} ({held.load_duration_ms:.0f} ms)" for held in version.residency]
-    _print_rows(
+    print_rows(
         ("version", f"{version.adapter}@{version.version}"),
         ("state", _state(version.state)),
         ("weight", str(version.weight)),
         ("resident", ", ".join(residency) or "nowhere"),
         ("rank", str(version.rank)),
         ("target_modules", ", ".join(version.target_modules)),
-        ("size", _size(version.size_bytes)),
+        ("size", size_text(version.size_bytes)),
         ("source", version.source_uri),
         ("labels", ", ".join(f"{key}={value}" for key, value in sorted(version.labels.items()))),
         ("weights_sha256", version.weights_sha256),
         ("digest", version.digest),
-        ("create_time", _time(version.create_time)),
-        ("update_time", _time(version.update_time)),
+        ("create_time", time_text(version.create_time)),
+        ("update_time", time_text(version.update_time)),
         *(("finding", finding) for finding in version.findings),
     )
 
 
 def print_versions(versions: Iterable[AdapterVersion]) -> None:
     """A table, one version a row."""
-    table = _table("version", "state", "weight", "rank", "size", "resident", "created", "source")
+    shown = table("version", "state", "weight", "rank", "size", "resident", "created", "source")
     for version in versions:
-        table.add_row(
+        shown.add_row(
             str(version.version),
             _state(version.state),
             str(version.weight),
             str(version.rank),
-            _size(version.size_bytes),
+            size_text(version.size_bytes),
             ", ".join(held.shard for held in version.residency),
-            _time(version.create_time),
+            time_text(version.create_time),
             printable(version.source_uri),
         )
-    _print(table)
+    print_table(shown)
 
 
 def print_comparison(comparison: CompareVersionsResponse) -> None:
@@ -151,10 +143,10 @@ def print_comparison(comparison: CompareVersionsResponse) -> None:
         typer.echo("no version has answered a request yet")
         return
     baseline, *others = (f"version {arm.version}" for arm in comparison.arms)
-    table = _table("", f"{baseline} (baseline)", *others)
-    table.add_row("requests", *(str(arm.request_count) for arm in comparison.arms))
-    table.add_row("codes", *(_counts(arm.codes) for arm in comparison.arms))
-    table.add_row("finish_reasons", *(_counts(arm.finish_reasons) for arm in comparison.arms))
+    shown = table("", f"{baseline} (baseline)", *others)
+    shown.add_row("requests", *(str(arm.request_count) for arm in comparison.arms))
+    shown.add_row("codes", *(_counts(arm.codes) for arm in comparison.arms))
+    shown.add_row("finish_reasons", *(_counts(arm.finish_reasons) for arm in comparison.arms))
     differences = {(found.version, found.measure): found for found in comparison.differences}
     for measure in MEASURES:
         cells = [Text(measure)]
@@ -164,21 +156,21 @@ def print_comparison(comparison: CompareVersionsResponse) -> None:
                 interval = (found.difference, found.low, found.high, found.significant)
                 cell.append_text(_difference(*interval))
             cells.append(cell)
-        table.add_row(*cells)
-    _print(table)
+        shown.add_row(*cells)
+    print_table(shown)
     if any(found.significant for found in comparison.differences):
         typer.echo(SIGNIFICANT)
 
 
 def print_summary(summary: EvaluationSummary) -> None:
     """A table with a row for each version and scorer."""
-    table = _table("version", "scorer", "mean", "95 % interval", "examples", "difference")
+    shown = table("version", "scorer", "mean", "95 % interval", "examples", "difference")
     differences = {(found.version, found.scorer): found for found in summary.differences}
     for score in summary.scores:
         difference = Text()
         if found := differences.get((score.version, score.scorer)):
             difference = _difference(found.difference, found.low, found.high, found.significant)
-        table.add_row(
+        shown.add_row(
             _arm(score.version),
             _scorer(score.scorer),
             f"{score.mean:.4g}",
@@ -186,7 +178,7 @@ def print_summary(summary: EvaluationSummary) -> None:
             str(score.count),
             difference,
         )
-    _print(table)
+    print_table(shown)
     if summary.failed_count:
         typer.echo(f"failed answers: {summary.failed_count} (--results tells why)")
     if any(found.significant for found in summary.differences):
@@ -204,7 +196,7 @@ def event_line(event: AdapterEvent) -> str:
     """One change: when, what, to which version, by whom and why."""
     kind = EventKind.DESCRIPTOR.values_by_number.get(event.kind)
     parts = [
-        f"{event.sequence} {_time(event.time)}",
+        f"{event.sequence} {time_text(event.time)}",
         f"{event.adapter}@{event.version}" if event.version else event.adapter,
         kind.name.removeprefix("EVENT_KIND_").lower() if kind else f"kind_{event.kind}",
         _splits(event.splits),
@@ -212,58 +204,6 @@ def event_line(event: AdapterEvent) -> str:
         f"({event.reason})" if event.reason else "",
     ]
     return printable(" ".join(filter(None, parts)))
-
-
-@contextmanager
-def bar(text: str, *, in_bytes: bool = False, shown: bool = True) -> Iterator[UploadProgress]:
-    """A progress bar on standard error; gives what to call with done and total.
-
-    Nothing is shown where standard error is no terminal.
-    """
-    # Takes as long to import as all else here, and few commands have a bar.
-    from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn
-
-    with Progress(
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        DownloadColumn() if in_bytes else MofNCompleteColumn(),
-        console=Console(stderr=True),
-        transient=True,
-        # Else what is printed meanwhile would go to standard error too.
-        redirect_stdout=False,
-        redirect_stderr=False,
-        disable=not (shown and sys.stderr.isatty()),
-    ) as progress:
-        task = progress.add_task(text, total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)
-
-
-def printable(text: str) -> str:
-    """On one line, with a replacement character for each control character."""
-    line = " ".join(text.split())
-    return "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in line)
-
-
-def _table(*columns: str) -> Table:
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for column in columns:
-        table.add_column(column, overflow="fold")
-    return table
-
-
-def _print_rows(*rows: tuple[str, str]) -> None:
-    table = Table.grid(padding=(0, 2))
-    table.add_column(style="bold")
-    table.add_column(overflow="fold")
-    for name, value in rows:
-        if value:
-            table.add_row(name, printable(value))
-    _print(table)
-
-
-def _print(table: Table) -> None:
-    width = None if sys.stdout.isatty() else PIPE_WIDTH
-    Console(markup=False, highlight=False, width=width).print(table)
 
 
 def _splits(splits: Sequence[TrafficSplit]) -> str:
@@ -310,13 +250,3 @@ def _state(state: VersionState.ValueType) -> str:
 def _scorer(scorer: Scorer.ValueType) -> str:
     known = Scorer.DESCRIPTOR.values_by_number.get(scorer)
     return known.name.removeprefix("SCORER_").lower() if known else str(scorer)
-
-
-def _size(size_bytes: int) -> str:
-    return f"{size_bytes / 2**20:.1f} MiB"
-
-
-def _time(time: Timestamp) -> str:
-    if not time.ByteSize():
-        return ""
-    return time.ToDatetime(tzinfo=UTC).strftime("%Y-%m-%dT%H:%M:%SZ")

@@ -106,16 +106,16 @@ class FakeAdapters(AdaptersServicer):
         stored = self._uploads.setdefault(header.upload_id, bytearray())
         cut = self.upload_cuts.popleft() if self.upload_cuts else None
         if cut and len(stored) >= cut[0]:
-            await _fail(context, cut[1])
+            await fail(context, cut[1])
         async for request in requests:
             if request.chunk.offset != len(stored):
                 text = f"the upload stands at {len(stored)}"
-                await _fail(context, _precondition("UPLOAD_OFFSET_MISMATCH", text))
+                await fail(context, precondition("UPLOAD_OFFSET_MISMATCH", text))
             stored += request.chunk.data
             if cut and len(stored) >= cut[0]:
-                await _fail(context, cut[1])
+                await fail(context, cut[1])
         if len(stored) < header.weights_size_bytes:
-            await _fail(context, _precondition("UPLOAD_INCOMPLETE", "bytes are missing"))
+            await fail(context, precondition("UPLOAD_INCOMPLETE", "bytes are missing"))
         assert hashlib.sha256(stored).hexdigest() == header.weights_sha256
         source = f"upload:{header.upload_id}"
         version = await self._made_once(header.upload_id, header.adapter, source)
@@ -126,7 +126,7 @@ class FakeAdapters(AdaptersServicer):
     ) -> pb.QueryUploadResponse:
         await self._arrive(request, context)
         if request.upload_id not in self._uploads:
-            await _fail(
+            await fail(
                 context, refusal(grpc.StatusCode.NOT_FOUND, "UPLOAD_NOT_FOUND", "no such upload")
             )
         return pb.QueryUploadResponse(
@@ -145,7 +145,7 @@ class FakeAdapters(AdaptersServicer):
     ) -> pb.ListAdaptersResponse:
         await self._arrive(request, context)
         names = sorted(name for name in self.adapters if name.startswith(request.prefix))
-        begin, end = _page(request.page_token, request.page_size)
+        begin, end = page_of(request.page_token, request.page_size)
         return pb.ListAdaptersResponse(
             adapters=[self.adapters[name] for name in names[begin:end]],
             next_page_token=str(end) if end < len(names) else "",
@@ -167,7 +167,7 @@ class FakeAdapters(AdaptersServicer):
             if adapter == request.adapter
             and (request.show_deleted or version.state != pb.VERSION_STATE_DELETED)
         ]
-        begin, end = _page(request.page_token, request.page_size)
+        begin, end = page_of(request.page_token, request.page_size)
         return pb.ListAdapterVersionsResponse(
             adapter_versions=found[begin:end], next_page_token=str(end) if end < len(found) else ""
         )
@@ -177,7 +177,7 @@ class FakeAdapters(AdaptersServicer):
     ) -> pb.DeleteAdapterVersionResponse:
         version = await self._named(request, context)
         if any(arm.version == request.version for arm in self.adapters[request.adapter].splits):
-            await _fail(context, _precondition("VERSION_IN_USE", "it has traffic; move it first"))
+            await fail(context, precondition("VERSION_IN_USE", "it has traffic; move it first"))
         version.state = pb.VERSION_STATE_DELETED
         await self._tell(pb.EVENT_KIND_VERSION_DELETED, request.adapter, request.version)
         return pb.DeleteAdapterVersionResponse(adapter_version=version)
@@ -189,7 +189,7 @@ class FakeAdapters(AdaptersServicer):
         adapter = await self._adapter(request.adapter, context)
         if request.etag and request.etag != adapter.etag:
             text = "it changed since; read it again"
-            await _fail(context, refusal(grpc.StatusCode.ABORTED, "ETAG_MISMATCH", text))
+            await fail(context, refusal(grpc.StatusCode.ABORTED, "ETAG_MISMATCH", text))
         self._split(adapter, list(request.splits))
         adapter.ClearField("guard")
         if request.HasField("guard"):
@@ -213,7 +213,7 @@ class FakeAdapters(AdaptersServicer):
         adapter = await self._adapter(request.adapter, context)
         history = self._history[request.adapter]
         if len(history) < 2:
-            await _fail(context, _precondition("NOTHING_TO_ROLL_BACK", "there is no earlier split"))
+            await fail(context, precondition("NOTHING_TO_ROLL_BACK", "there is no earlier split"))
         history.pop()
         self._split(adapter, history.pop())
         await self._tell(pb.EVENT_KIND_ADAPTER_ROLLED_BACK, request.adapter, 0)
@@ -287,7 +287,7 @@ class FakeAdapters(AdaptersServicer):
                     yield pb.WatchAdaptersResponse(event=event)
                     cut = None if cut is None else (cut[0] - 1, cut[1])
             if cut[1] is not None:
-                await _fail(context, cut[1])
+                await fail(context, cut[1])
         except asyncio.CancelledError:
             self.cancelled.set()
             raise
@@ -342,20 +342,20 @@ class FakeAdapters(AdaptersServicer):
         found = self.versions.get((request.adapter, request.version))
         if found is None:
             text = f"adapter {request.adapter!r} has no version {request.version}"
-            await _fail(context, refusal(grpc.StatusCode.NOT_FOUND, "VERSION_NOT_FOUND", text))
+            await fail(context, refusal(grpc.StatusCode.NOT_FOUND, "VERSION_NOT_FOUND", text))
         return found
 
     async def _adapter(self, name: str, context: Context) -> pb.Adapter:
         if name not in self.adapters:
             text = f"adapter {name!r} is unknown"
-            await _fail(context, refusal(grpc.StatusCode.NOT_FOUND, "ADAPTER_NOT_FOUND", text))
+            await fail(context, refusal(grpc.StatusCode.NOT_FOUND, "ADAPTER_NOT_FOUND", text))
         return self.adapters[name]
 
     async def _arrive(self, request: Message, context: Context) -> None:
         self.requests.append(request)
         self.time_remaining_s = context.time_remaining()
         if self.failures:
-            await _fail(context, self.failures.popleft())
+            await fail(context, self.failures.popleft())
 
 
 @asynccontextmanager
@@ -371,15 +371,15 @@ async def served(adapters: FakeAdapters) -> AsyncIterator[str]:
         await server.stop(grace=None)
 
 
-def _precondition(reason: str, text: str) -> status_pb2.Status:
+def precondition(reason: str, text: str) -> status_pb2.Status:
     return refusal(grpc.StatusCode.FAILED_PRECONDITION, reason, text)
 
 
-def _page(token: str, size: int) -> tuple[int, int]:
+def page_of(token: str, size: int) -> tuple[int, int]:
     begin = int(token or 0)
     return begin, begin + (size or 100)
 
 
-async def _fail(context: Context, status: status_pb2.Status) -> NoReturn:
+async def fail(context: Context, status: status_pb2.Status) -> NoReturn:
     await context.abort_with_status(rpc_status.to_status(status))
     raise AssertionError("an aborted call goes no further")

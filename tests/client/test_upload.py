@@ -11,7 +11,8 @@ import grpc
 import pytest
 
 from lora_gateway import ErrorReason, GatewayClient, GatewayError, Unavailable
-from lora_gateway.upload import CHUNK_BYTES, TRIES_WITHOUT_PROGRESS, AdapterFiles
+from lora_gateway._resumable_upload import CHUNK_BYTES, TRIES_WITHOUT_PROGRESS
+from lora_gateway.upload import AdapterFiles
 from lora_gateway.v1 import adapters_pb2 as pb
 from tests.client.fake_adapters import UNAVAILABLE, FakeAdapters, refusal, served
 

@@ -37,6 +37,8 @@ class Core:
         self.refusals: Counter[VersionKey] = Counter()
         """How many of its next loads fail, by version."""
         self.dead = False
+        self.unloads_fail = 0
+        """How many of the next ones fail."""
         self.load_s = self.unload_s = 0.0
         """How long each takes."""
         self.may_load = asyncio.Event()
@@ -71,7 +73,8 @@ class Core:
         running = [id for (_, id), count in self.requests.items() if count]
         assert version.lora_int_id not in running, "removed under a request"
         await asyncio.sleep(self.unload_s)
-        if self.dead:
+        if self.dead or self.unloads_fail:
+            self.unloads_fail = max(0, self.unloads_fail - 1)
             raise ShardUnavailable(SHARD)
         del self.loaded[version.lora_int_id]
 

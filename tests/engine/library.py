@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from engine.ledger import Ledger
 from engine.pool import ServedAdapter, ShardPool
 from engine.probe import Probe
 from engine.residency import Residency
+from engine.shard import Shard
 from store.artifacts import CONFIG_FILE, WEIGHTS_FILE, ArtifactStore
 from store.records import NewVersion, VersionRecord, VersionState
 from store.sources import AllowedSources
@@ -34,6 +35,7 @@ from tests.engine.drafts import MAX_LORA_RANK, Q_PROJ, Draft, Spoil, a, base_sha
 TENANT = "acme"
 ME = "somebody"
 PRINTS = ModelFingerprints("c" * 64, "d" * 64, "e" * 64, "")
+OWN_SCHEME = "train:"
 PLACES = 2
 SOON_S = 30.0
 
@@ -57,6 +59,23 @@ class ScriptedProbe(Probe):
         return said
 
 
+class ScriptedTrial:
+    """Finds what it is told to in versions that we made ourselves; a `Trial`."""
+
+    def __init__(self) -> None:
+        self.tried: list[tuple[VersionRecord, ServedVersion, str]] = []
+        self.says: dict[VersionKey, list[str] | Exception] = {}
+
+    async def findings(
+        self, record: VersionRecord, version: ServedVersion, shard: Shard
+    ) -> Sequence[str]:
+        self.tried.append((record, version, shard.name))
+        said = self.says.get(version.key, [])
+        if isinstance(said, Exception):
+            raise said
+        return said
+
+
 class Library(Crowd):
     """One start of the host on a state folder; also the audience of its ledger."""
 
@@ -71,13 +90,18 @@ class Library(Crowd):
         self.uploads = UploadStore(root / "state")
         self.ledger = Ledger(registry, self)
         self.probe = ScriptedProbe()
-        self.intake = make_intake(self.store, self.uploads, self.sources)
+        self.trial = ScriptedTrial()
+        self.own_folder: Callable[[str], Path] = self.sources.joinpath
+        """Where what we made ourselves lies."""
+        self.intake = make_intake(
+            self.store, self.uploads, self.sources, {OWN_SCHEME: lambda rest: self.own_folder(rest)}
+        )
         self.catalog = AdapterCatalog(self.ledger, registry, self.store, self.uploads, self.intake)
         residency = Residency(self.core, PLACES, self.catalog, self)
         self.serve(residency)
         self.residents = self.processes[0].residents
         self.pool = ShardPool([FakeShard()], {SHARD: self.residents}, self.ledger.view)
-        self.catalog.serve_on({SHARD: residency}, self.pool, self.probe)
+        self.catalog.serve_on({SHARD: residency}, self.pool, self.probe, {OWN_SCHEME: self.trial})
         self.runs = asyncio.create_task(residency.run())
 
     def show(self, tenant: str, adapter: str, served: ServedAdapter) -> Awaitable[None]:
@@ -97,6 +121,11 @@ class Library(Crowd):
             spoil(draft)
             draft.write(folder)
         return str(folder)
+
+    def own(self, name: str, spoil: Spoil = lambda draft: None) -> str:
+        """The same as one that we made ourselves; returns the URI of its version."""
+        self.source(name, spoil)
+        return OWN_SCHEME + name
 
     def upload(self, upload_id: str) -> str:
         """The same as an upload that is complete; returns the URI of its version."""
@@ -157,7 +186,12 @@ def key(version: int) -> VersionKey:
     return VersionKey(TENANT, "sql", version)
 
 
-def make_intake(store: ArtifactStore, uploads: UploadStore, allowed: Path) -> Intake:
+def make_intake(
+    store: ArtifactStore,
+    uploads: UploadStore,
+    allowed: Path,
+    folders: Mapping[str, Callable[[str], Path]] = {},
+) -> Intake:
     """For the tiny Llama, and sources below one folder."""
     return Intake(
         store,
@@ -167,6 +201,7 @@ def make_intake(store: ArtifactStore, uploads: UploadStore, allowed: Path) -> In
         PRINTS,
         max_lora_rank=MAX_LORA_RANK,
         dtype="bfloat16",
+        folders=folders,
     )
 
 

@@ -12,9 +12,17 @@ from typing import NoReturn
 import pytest
 
 from engine.catalog import GATEWAY, INTERNAL_FINDING
-from engine.errors import AdapterInvalid, AdapterLoadFailed, ShardUnavailable
+from engine.errors import (
+    AdapterInvalid,
+    AdapterLoadFailed,
+    AdapterNotChecked,
+    GenerationFailed,
+    ProbeFailed,
+    ShardUnavailable,
+    TrialFailed,
+)
 from engine.generation import ServedVersion
-from engine.intake import Announced
+from engine.intake import GONE_FINDING, Announced
 from store.artifacts import WEIGHTS_FILE
 from store.records import Arm, NewVersion, RequestIdReused, VersionNotReady, VersionState
 from store.sources import SourceNotAllowed
@@ -122,6 +130,72 @@ async def test_a_candidate_keeps_the_id_that_a_second_attempt_got(at: Library) -
     record = await at.make_ready(at.source("one"))
     assert probe.found == probe.probed, "the first id may name half an adapter"
     assert record.lora_int_id == probe.probed[0].lora_int_id
+
+
+async def test_what_we_made_ourselves_is_tried_besides_and_ready_after_that(at: Library) -> None:
+    record = await at.make_ready(at.own("one"))
+    ((tried, version, shard),) = at.trial.tried
+    assert (tried.version, tried.state, tried.source_uri) == (
+        1,
+        VersionState.VALIDATING,
+        "train:one",
+    )
+    assert [version] == at.probe.probed and version.lora_int_id == record.lora_int_id
+    assert shard == "shard-0" and record.state is VersionState.READY
+
+
+async def test_what_callers_name_or_upload_is_not_tried_so(at: Library) -> None:
+    await at.make_ready(at.source("one"))
+    await at.make_ready(at.upload("two"))
+    assert at.trial.tried == []
+
+
+async def test_what_the_trial_finds_keeps_it_from_everybody(at: Library) -> None:
+    at.trial.says[key(1)] = ["the engine says something else"]
+    with pytest.raises(TrialFailed, match="the engine says something else"):
+        await at.make_ready(at.own("one"))
+    assert await at.state(1) is VersionState.FAILED
+    assert at.core.keys == set() and not at.digests
+    assert at.ledger.view.tenants[TENANT]["sql"].ready == ()
+
+
+async def test_what_the_probe_finds_is_not_tried_any_more(at: Library) -> None:
+    at.probe.says[key(1)] = ["it answers in NaN"]
+    with pytest.raises(ProbeFailed, match="it answers in NaN"):
+        await at.make_ready(at.own("one"))
+    assert at.trial.tried == []
+
+
+async def test_what_we_made_and_is_gone_fails_and_names_no_folder(at: Library) -> None:
+    with pytest.raises(AdapterNotChecked) as caught:
+        await at.make_ready("train:nowhere")
+    assert caught.value.findings == (GONE_FINDING,)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        AdapterNotChecked("sql", ["no"]),
+        GenerationFailed("no"),
+        OSError(errno.EIO, "no"),
+        ZeroDivisionError("secret"),
+    ],
+)
+async def test_a_trial_that_cannot_be_held_fails_it_without_blaming_it(
+    at: Library, error: Exception
+) -> None:
+    at.trial.says[key(1)] = error
+    with pytest.raises(AdapterNotChecked) as caught:
+        await at.make_ready(at.own("one"))
+    assert caught.value.version == 1 and "secret" not in str(caught.value)
+    assert await at.state(1) is VersionState.FAILED
+    assert at.core.keys == set() and not at.digests
+
+
+async def test_a_load_that_fails_does_not_blame_the_adapter(at: Library) -> None:
+    at.core.refusals[key(1)] = 2
+    with pytest.raises(AdapterNotChecked, match="the engine refuses it"):
+        await at.make_ready(at.source("one"))
 
 
 async def test_an_upload_is_dropped_once_it_was_looked_at(at: Library) -> None:
@@ -233,9 +307,11 @@ async def test_damaged_files_are_not_loaded(at: Library) -> None:
     weights = at.root / "state" / "adapters" / record.content.digest / WEIGHTS_FILE
     weights.chmod(0o600)
     weights.write_bytes(b"other bytes")
-    with pytest.raises(AdapterLoadFailed, match="were changed after they were stored"):
+    with pytest.raises(AdapterLoadFailed, match="were changed after they were stored") as caught:
         await at.catalog.load(key(1))
     assert at.core.keys == set()
+    assert str(at.root) not in str(caught.value), "callers read it"
+    assert record.content.digest[:12] in str(caught.value)
 
 
 async def test_traffic_goes_to_what_is_loaded_or_stays(at: Library) -> None:

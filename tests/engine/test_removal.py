@@ -6,8 +6,9 @@ import asyncio
 
 import pytest
 
+from engine import residency as module
 from engine.errors import AdapterLoadFailed, ShardUnavailable
-from tests.engine.stage import A, happens, settled, stage, started
+from tests.engine.stage import A, B, happens, settled, stage, started
 
 
 async def test_what_leaves_waits_for_holds_everywhere_and_for_the_core() -> None:
@@ -33,6 +34,36 @@ async def test_a_removal_that_the_shard_does_not_do_raises() -> None:
         at.core.dead = True
         with pytest.raises(ShardUnavailable):
             await at.residency.remove(A)
+        with pytest.raises(ShardUnavailable):
+            await at.residency.remove(A)
+
+
+async def test_what_the_shard_may_hold_still_keeps_its_place_until_it_is_out(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(module, "UNLOAD_RETRY_S", 0.001)
+    async with stage(1) as at:
+        await at.use(A)
+        at.core.unloads_fail = 3
+        with pytest.raises(ShardUnavailable):
+            await at.residency.remove(A)
+        assert at.core.keys == {A} and at.counts[-1] == 1
+        await at.use(B)  # the core would refuse one too many
+        assert at.core.keys == {B} and at.core.unloads_fail == 0
+        assert caplog.text.count("may not be removed yet") == 1
+
+
+async def test_what_the_shard_could_not_remove_is_loaded_again_once_it_is_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "UNLOAD_RETRY_S", 0.001)
+    async with stage(2) as at:
+        await at.use(A)
+        at.core.unloads_fail = 3
+        with pytest.raises(ShardUnavailable):
+            await at.residency.remove(A)
+        await at.use(A)
+        assert at.core.loads == [A, A] and at.core.unloads_fail == 0
 
 
 async def test_what_is_not_there_is_removed() -> None:

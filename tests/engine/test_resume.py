@@ -56,6 +56,20 @@ async def test_a_validation_goes_on(tmp_path: Path) -> None:
         assert at.ledger.view.tenants[TENANT]["sql"].ready == (1,)
 
 
+@pytest.mark.parametrize("says", [[], ["the engine says something else"]])
+async def test_a_validation_of_what_we_made_goes_on_with_its_trial(
+    tmp_path: Path, says: list[str]
+) -> None:
+    async with library(tmp_path) as at:
+        source = at.own("one")
+    await crash_in_validation(tmp_path, source)
+    async with library(tmp_path) as at:
+        at.trial.says[key(1)] = says
+        await at.catalog.resume()
+        await at.until(1, VersionState.FAILED if says else VersionState.READY)
+        assert [record.version for record, _, _ in at.trial.tried] == [1]
+
+
 async def test_a_validation_goes_on_over_files_that_were_kept_before(tmp_path: Path) -> None:
     source = await make_ready(tmp_path)
     await crash_in_deletion(tmp_path, 1)

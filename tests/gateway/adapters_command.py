@@ -1,9 +1,10 @@
-"""Runs `gateway adapters` as a process of its own, for tests."""
+"""Runs `gateway adapters`, or another command, as a process of its own, for tests."""
 
 from __future__ import annotations
 
 import asyncio
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,12 +21,17 @@ class Result:
 
 
 async def started(
-    *args: str, target: str, stderr: int = asyncio.subprocess.PIPE
+    *args: str,
+    target: str,
+    command: Sequence[str] = ("adapters",),
+    stdin: int = asyncio.subprocess.DEVNULL,
+    stdout: int = asyncio.subprocess.PIPE,
+    stderr: int = asyncio.subprocess.PIPE,
 ) -> asyncio.subprocess.Process:
     return await asyncio.create_subprocess_exec(
-        *(sys.executable, "-W", "error", "-m", "gateway", "adapters", *args),
-        stdin=asyncio.subprocess.DEVNULL,
-        stdout=asyncio.subprocess.PIPE,
+        *(sys.executable, "-W", "error", "-m", "gateway", *command, *args),
+        stdin=stdin,
+        stdout=stdout,
         stderr=stderr,
         cwd=ROOT,
         env={
@@ -39,7 +45,7 @@ async def started(
 async def ended(process: asyncio.subprocess.Process) -> Result:
     output, errors = await asyncio.wait_for(process.communicate(), SOON_S)
     assert b"Traceback" not in (errors or b"")
-    return Result(process.returncode, output.decode(), (errors or b"").decode())
+    return Result(process.returncode, (output or b"").decode(), (errors or b"").decode())
 
 
 async def run(*args: str, target: str) -> Result:

@@ -22,7 +22,7 @@ import pytest
 
 import engine.intake
 from engine.adapters import AdapterFacts
-from engine.base_model import ModelFingerprints
+from engine.base_model import ModelFingerprints, ModuleShapes
 from engine.errors import AdapterInvalid, GenerationFailed
 from engine.fake import FakeShard, Script
 from engine.generation import (
@@ -40,6 +40,7 @@ from gateway.workers import WorkerFleet, WorkerProcess
 from lora_gateway.v1 import adapters_pb2 as pb
 from lora_gateway.v1.adapters_pb2_grpc import AdaptersStub
 from store.artifacts import CONFIG_FILE, WEIGHTS_FILE
+from store.sqlite_jobs import SqliteJobs
 from store.sqlite_registry import SqliteRegistry
 from tests.gateway.conftest import FakeGateway, start_fake_gateway
 
@@ -190,9 +191,14 @@ async def control_plane(
     *,
     fleet: WorkerFleet | None = None,
     shard: LoadableShard | None = None,
+    model: Path = Path("no-model"),
+    shapes: ModuleShapes | None = None,
     **settings: Any,
 ) -> AsyncIterator[Plane]:
-    """A control plane with its state in `folder`. Opened there again, it goes on."""
+    """A control plane with its state in `folder`. Opened there again, it goes on.
+
+    Only what reads datasets needs the folder of a `model`, and only jobs its `shapes`.
+    """
     monkeypatch.setattr(engine.intake, "check_adapter", check_by_config)
     sources, state = folder / "sources", folder / "state"
     for path in (sources, state):
@@ -200,12 +206,13 @@ async def control_plane(
     shard = shard or LoadableShard()
     options = Settings(adapter_source_allow=[str(sources)], **settings)
     engine_side: Any = shard  # for the types a VllmShard, of which it has all that is used
-    async with SqliteRegistry(state / "registry.sqlite") as registry:
+    database = state / "registry.sqlite"
+    async with SqliteRegistry(database) as registry, SqliteJobs(database) as jobs:
         control = ControlPlane(
-            options, state, folder / "c.sock", registry, fleet or fleet_without_workers()
+            options, state, folder / "c.sock", registry, jobs, fleet or fleet_without_workers()
         )
         await control.open()
-        control.check_for({}, SERVED, "bfloat16")
+        control.check_for(model, shapes or {}, SERVED, "bfloat16")
         control.serve_on(engine_side)
         running = asyncio.create_task(control.run())
         await control.serve()

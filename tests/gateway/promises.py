@@ -22,6 +22,9 @@ DETAILS: dict[str, type[Message]] = {
     for name in ("ErrorInfo", "BadRequest", "ResourceInfo", "RetryInfo", "RequestInfo")
 }
 
+ONLY_OF_JOBS = set[str]()
+"""Reasons that no status has."""
+
 
 @dataclass(frozen=True)
 class Documented:
@@ -39,6 +42,9 @@ def documented() -> dict[str, Documented]:
     promises = {}
     for raw, reason in found:
         comment = re.sub(r"\s*//\s?", " ", raw)
+        if "Only in `Job.error`." in comment:
+            ONLY_OF_JOBS.add(reason)
+            continue
         code = re.search(r"\bCode ([A-Z_]+)", comment)
         assert code, f"{reason} has no code"
         metadata = re.findall(r"`([a-z0-9_]+)`", comment.partition("Metadata: ")[2])

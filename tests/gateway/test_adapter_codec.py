@@ -133,12 +133,15 @@ def test_everything_that_is_wrong_with_a_creation_is_told_at_once() -> None:
     ("fields", "field"),
     [
         ({"source_uri": "upload:u"}, "source_uri"),
+        ({"source_uri": "train:u/1/7"}, "source_uri"),
         ({"source_uri": "/" + "x" * 2048}, "source_uri"),
         ({"source_uri": "/" + "\xe9" * 1024}, "source_uri"),
         ({"expected_sha256": "a" * 63}, "expected_sha256"),
         ({"expected_sha256": "a" * 64 + "\n"}, "expected_sha256"),
         ({"labels": {str(number): "" for number in range(33)}}, "labels"),
         ({"request_id": "upload:u"}, "request_id"),
+        ({"request_id": "adopt:sql:0"}, "request_id"),
+        ({"request_id": "train:u:0:sql:1"}, "request_id"),
         ({"request_id": "\xe9" * 65}, "request_id"),
     ],
 )

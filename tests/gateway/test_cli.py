@@ -30,7 +30,7 @@ ROOT = Path(__file__).parents[2]
 SOON_S = 20.0
 """For what takes a second; a test that needs it all has failed."""
 
-HEAVY = {"torch", "vllm", "pydantic", "uvloop", "prometheus_client", "opentelemetry"}
+HEAVY = {"torch", "vllm", "pydantic", "uvloop", "prometheus_client", "opentelemetry", "matplotlib"}
 SERVER = {"gateway.server", "gateway.serve", "gateway.inference", "engine", "store", "trainer"}
 
 

@@ -15,133 +15,50 @@ from google.rpc import code_pb2, status_pb2
 import engine.errors
 import gateway.admission
 import gateway.exceptions
+import store.job_records
 import store.records
 import store.sources
 import store.upload
 import store.upload_folder
 import store.uploads
+import trainer.errors
 from engine.errors import (
     AdapterInvalid,
-    AdapterLoadFailed,
     AdapterNotFound,
-    AdapterNotReady,
-    ChatTemplateMissing,
-    ChatTemplateRefused,
-    CoreFailed,
-    EngineError,
-    GenerationFailed,
     InvalidRequest,
-    InvalidStructuredOutput,
-    ModelNotFound,
-    PromptMissing,
     PromptTooLong,
     ShardUnavailable,
-    SlotsUsedUp,
     VersionNotFound,
-    Violation,
 )
 from gateway.admission import RETRY_DELAY_S, Draining, Overloaded
+from gateway.answers import INTERNAL_MESSAGE
 from gateway.call import Call
-from gateway.errors import INTERNAL_MESSAGE, status_of
+from gateway.errors import status_of
 from gateway.exceptions import (
     ControlPlaneUnavailable,
     DefaultDeadlineExceeded,
-    MalformedMessage,
     Relayed,
     RequestNotFound,
-    SequenceUnknown,
 )
 from lora_gateway.v1 import inference_pb2 as pb
 from lora_gateway.v1.errors_pb2 import ErrorReason
 from store.records import (
     AdapterUnknown,
-    EtagMismatch,
-    InvalidName,
-    NothingToRollBack,
-    RegistryError,
-    RegistryUnusable,
     RequestIdReused,
-    TransitionRefused,
-    VersionInUse,
-    VersionNotReady,
-    VersionRecord,
-    VersionState,
     VersionUnknown,
 )
 from store.sources import SourceNotAllowed
 from store.uploads import (
-    ChecksumMismatch,
-    StorageFull,
-    UploadBusy,
     UploadIdReused,
-    UploadIncomplete,
-    UploadOffsetMismatch,
-    UploadTooLong,
     UploadUnknown,
 )
 from tests.details import DETAILS_KEY, bad_fields, error_info
 from tests.gateway.conftest import FakeGateway
-from tests.gateway.promises import PREFIX, PROMISED, details_of, reason_kept
+from tests.gateway.error_samples import BAD, LONG, SAMPLES, SECRET
+from tests.gateway.promises import ONLY_OF_JOBS, PREFIX, PROMISED, details_of, reason_kept
+from trainer.events import FailureReason
 
 TOKENS_EMITTED = 7
-BAD = Violation("sampling.top_p", "must be in (0, 1], is 0")
-LONG = Violation("prompt", "has 600 tokens")
-SECRET = "the password is swordfish"
-
-
-VALIDATING = VersionRecord(
-    *("default", "alpha", 2, VersionState.VALIDATING, 7, "/adapters/alpha", "", {}, {}, True, 1, 1)
-)
-
-SAMPLES: dict[str, list[Exception]] = {
-    "MALFORMED_MESSAGE": [MalformedMessage("lora_gateway.v1.GenerateRequest")],
-    "INVALID_FIELD": [
-        *(InvalidRequest(BAD), InvalidRequest(BAD, LONG), UploadTooLong("night-1", 1000)),
-    ],
-    "PROMPT_MISSING": [PromptMissing(Violation("prompt", "is required"))],
-    "PROMPT_TOO_LONG": [
-        PromptTooLong(LONG, metadata={"max_model_len": "512", "prompt_tokens": "600"}),
-        PromptTooLong(LONG, metadata={"max_model_len": "512"}),
-    ],
-    "INVALID_STRUCTURED_OUTPUT": [InvalidStructuredOutput(BAD)],
-    "CHAT_TEMPLATE_MISSING": [ChatTemplateMissing("tiny")],
-    "CHAT_TEMPLATE_REFUSED": [ChatTemplateRefused(Violation("chat.messages", "two in a row"))],
-    "ADAPTER_NOT_FOUND": [AdapterNotFound("alpa", ["alpha"]), AdapterUnknown("alpa")],
-    "VERSION_NOT_FOUND": [VersionNotFound("alpha", 9, [1, 3]), VersionUnknown("alpha", 9)],
-    "ADAPTER_INVALID": [
-        AdapterInvalid("alpha", ["no weights", "rank 512"]),
-        AdapterInvalid("alpha", ["no weights"], 2),
-    ],
-    "ADAPTER_NOT_READY": [
-        AdapterNotReady("alpha", [1]),
-        VersionNotReady("alpha", 2, VersionState.VALIDATING),
-        TransitionRefused(VALIDATING, VersionState.DRAINING),
-    ],
-    "ADAPTER_LOAD_FAILED": [AdapterLoadFailed("alpha", 2, "its files are gone")],
-    "ETAG_MISMATCH": [EtagMismatch("alpha", "t3")],
-    "REQUEST_ID_REUSED": [RequestIdReused("nightly"), UploadIdReused("night-1")],
-    "SOURCE_NOT_ALLOWED": [SourceNotAllowed("/etc")],
-    "VERSION_IN_USE": [VersionInUse("alpha", 2)],
-    "NOTHING_TO_ROLL_BACK": [NothingToRollBack("alpha", "it has no earlier split")],
-    "OVERLOADED": [Overloaded(7)],
-    "DRAINING": [Draining()],
-    "SHARD_UNAVAILABLE": [ShardUnavailable("shard-0")],
-    "DEADLINE_EXCEEDED": [DefaultDeadlineExceeded(30.0)],
-    "CONTROL_PLANE_UNAVAILABLE": [ControlPlaneUnavailable()],
-    "STORAGE_FULL": [StorageFull("the disk is full; go on later")],
-    "UPLOAD_NOT_FOUND": [UploadUnknown("night-1")],
-    "UPLOAD_OFFSET_MISMATCH": [UploadOffsetMismatch("night-1", 512), UploadBusy("night-1")],
-    "CHECKSUM_MISMATCH": [ChecksumMismatch("0" * 64, "f" * 64)],
-    "UPLOAD_INCOMPLETE": [UploadIncomplete("night-1", 512)],
-    "REQUEST_NOT_FOUND": [RequestNotFound("r-1")],
-    "SEQUENCE_UNKNOWN": [SequenceUnknown(42)],
-    "INTERNAL": [
-        *(RegistryError(SECRET), RegistryUnusable(SECRET), InvalidName("tenant", SECRET)),
-        *(EngineError(SECRET), ModelNotFound(SECRET), CoreFailed(SECRET), SlotsUsedUp(SECRET)),
-        *(GenerationFailed(SECRET), RuntimeError(SECRET), KeyError(SECRET), TimeoutError(SECRET)),
-    ],
-}
-"""Errors by the reason that they must get."""
 CASES = [
     pytest.param(reason, error, id=f"{type(error).__name__}-{index}")
     for reason, errors in SAMPLES.items()
@@ -171,6 +88,7 @@ def exceptions_of(module: ModuleType) -> set[type]:
     [
         *(engine.errors, gateway.admission, gateway.exceptions),
         *(store.records, store.sources, store.upload, store.upload_folder, store.uploads),
+        *(store.job_records, trainer.errors),
     ],
     ids=lambda m: m.__name__,
 )
@@ -183,8 +101,9 @@ def test_every_exception_class_is_tried_here(module: ModuleType) -> None:
 def test_every_reason_is_documented_and_comes_from_some_exception() -> None:
     reasons = {name.removeprefix(PREFIX) for name in ErrorReason.DESCRIPTOR.values_by_name}
     reasons -= {"UNSPECIFIED"}
-    assert PROMISED.keys() == reasons
-    assert SAMPLES.keys() == reasons
+    assert PROMISED.keys() | ONLY_OF_JOBS == reasons
+    assert SAMPLES.keys() == reasons - ONLY_OF_JOBS
+    assert {reason.value for reason in FailureReason} >= ONLY_OF_JOBS
 
 
 @pytest.mark.parametrize(("reason", "error"), CASES)

@@ -13,7 +13,7 @@ import grpc
 import pytest
 import pytest_asyncio
 
-from gateway import adapters
+from gateway import upload_stream
 from lora_gateway.v1 import adapters_pb2 as pb
 from store.artifacts import WEIGHTS_FILE
 from tests.gateway.control_plane import TIMEOUT_S, Plane, config_of, control_plane, sha256
@@ -226,7 +226,7 @@ async def test_a_full_disk_is_said_and_what_was_synced_is_kept(
 async def test_an_upload_that_says_nothing_is_given_up_and_kept(
     plane: Plane, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(adapters, "UPLOAD_IDLE_S", 0.2)
+    monkeypatch.setattr(upload_stream, "UPLOAD_IDLE_S", 0.2)
     call = plane.stub.UploadAdapterVersion()
     for message in (header(), *chunks(0, HALF)):
         await call.write(message)

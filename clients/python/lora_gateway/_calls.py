@@ -26,7 +26,7 @@ class Calls:
     stream_timeout_s: float
     """Of a stream, and of a call that is answered when work is done."""
     job_timeout_s: float
-    """Of what takes as long as its data: an upload, an evaluation."""
+    """Of what takes as long as its data: an upload, an evaluation, reading a dataset."""
     metadata: Metadata
 
     async def unary(

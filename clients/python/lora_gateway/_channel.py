@@ -14,7 +14,8 @@ import grpc.aio
 # needs fewer calls and not more. gRPC adds jitter to the backoff.
 #
 # Creating is safe because the client gives every request an id. Moving traffic is not:
-# done twice it would leave one split more to roll back to, or none.
+# done twice it would leave one split more to roll back to, or none. Nor is deleting a job or a
+# dataset: the second try would find nothing, and say so.
 _RETRIED_METHODS = {
     "Inference": ("Generate", "GenerateStream", "Tokenize", "GetModel"),
     "Adapters": (
@@ -31,6 +32,23 @@ _RETRIED_METHODS = {
         "LoadAdapterVersion",
         "UnloadAdapterVersion",
         "WatchAdapters",
+    ),
+    "Training": (
+        "QueryUpload",
+        "ValidateDataset",
+        "PreviewTokens",
+        "GetDataset",
+        "ListDatasets",
+        "CreateJob",
+        "EstimateJob",
+        "GetJob",
+        "ListJobs",
+        "CancelJob",
+        "WatchJob",
+        "GetJobLogs",
+        "ListCheckpoints",
+        "PublishCheckpoint",
+        "GetCapabilities",
     ),
 }
 _SERVICE_CONFIG = {

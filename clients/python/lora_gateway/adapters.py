@@ -10,8 +10,9 @@ from pathlib import Path
 import grpc.aio
 
 from lora_gateway._calls import Calls, Metadata
+from lora_gateway._resumable_upload import UploadProgress
 from lora_gateway.traffic import TrafficCalls
-from lora_gateway.upload import AdapterFiles, Upload, UploadProgress, upload_header
+from lora_gateway.upload import AdapterFiles, Upload, upload_header
 from lora_gateway.v1.adapters_pb2 import (
     Adapter,
     AdapterVersion,
@@ -157,7 +158,7 @@ class AdaptersClient(TrafficCalls):
             no_traffic=no_traffic,
             fingerprints=fingerprints,
         )
-        return await Upload(
+        upload = Upload(
             self._stub,
             self._calls,
             files,
@@ -165,7 +166,8 @@ class AdaptersClient(TrafficCalls):
             progress=progress,
             timeout_s=timeout_s,
             metadata=metadata,
-        ).run()
+        )
+        return (await upload.run()).adapter_version
 
     async def get(
         self, adapter: str, *, timeout_s: float | None = None, metadata: Metadata | None = None

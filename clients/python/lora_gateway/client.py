@@ -1,4 +1,4 @@
-"""The asyncio client of a gateway: its `Inference` service, and the way to its adapters."""
+"""The asyncio client of a gateway: its `Inference` service, and the way to the others."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from lora_gateway.adapters import AdaptersClient
 from lora_gateway.prompt import ChatTurn, Prompt, chat, prompt_field
 from lora_gateway.sampling import SamplingKeywords, sampling_params
 from lora_gateway.stream import GenerationStream
+from lora_gateway.training import TrainingClient
 from lora_gateway.v1.inference_pb2 import (
     GenerateRequest,
     GenerateResponse,
@@ -39,7 +40,7 @@ DEFAULT_STREAM_TIMEOUT_S = 300.0
 """As the server's own default for streams. Also for calls that wait until work is done."""
 
 DEFAULT_JOB_TIMEOUT_S = 3600.0
-"""For uploads and evaluations, which take as long as their data."""
+"""For uploads, evaluations and reading datasets, which take as long as their data."""
 
 
 class GatewayClient:
@@ -72,7 +73,7 @@ class GatewayClient:
             default_timeout_s: for unary calls without a timeout of their own.
             default_stream_timeout_s: for streams without one, from request to last token, and
                 for calls that wait until work is done, such as loading an adapter.
-            default_job_timeout_s: for uploads and evaluations without one.
+            default_job_timeout_s: for uploads, evaluations and what reads datasets, without one.
             metadata: goes with every call.
 
         Raises:
@@ -89,6 +90,8 @@ class GatewayClient:
         )
         self.adapters = AdaptersClient(self._channel, self._calls)
         """Everything about adapters, on the same connection."""
+        self.training = TrainingClient(self._channel, self._calls)
+        """Everything about datasets and jobs, on the same connection."""
 
     async def generate(
         self,

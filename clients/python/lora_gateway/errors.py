@@ -143,7 +143,7 @@ class Internal(GatewayError):
 
 
 class IncompleteStream(GatewayError):
-    """A stream closed with status OK but without what ends it: `finished` or `summary`.
+    """A stream without something of it: what ends it, `finished` or `summary`, or an event.
 
     Something between server and client cut it. What came before is valid. Its code is
     DATA_LOSS, since the one that was sent would claim success.

@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
-from types import TracebackType
 from typing import TYPE_CHECKING, TypeAlias
 
-import grpc
-import grpc.aio
-
-from lora_gateway._backoff import Backoff
-from lora_gateway.errors import GatewayError, IncompleteStream, Unavailable
+from lora_gateway._reconnecting_stream import ReconnectingStream
 from lora_gateway.v1.adapters_pb2 import (
     AdapterEvent,
     WatchAdaptersRequest,
@@ -19,13 +13,15 @@ from lora_gateway.v1.adapters_pb2 import (
 )
 
 if TYPE_CHECKING:
+    import grpc.aio
+
     _Call: TypeAlias = grpc.aio.UnaryStreamCall[WatchAdaptersRequest, WatchAdaptersResponse]
 
 SILENCE_LIMIT_S = 60.0
 """Without a word for so long the gateway is lost: it sends a heartbeat every 15 s."""
 
 
-class AdapterWatch:
+class AdapterWatch(ReconnectingStream[WatchAdaptersResponse]):
     """Changes of adapters, each once and in order, for one task to read.
 
         async for event in client.adapters.watch(after_sequence=0):
@@ -45,16 +41,11 @@ class AdapterWatch:
         reconnect: bool,
         silence_limit_s: float = SILENCE_LIMIT_S,
     ) -> None:
+        super().__init__(reconnect=reconnect, silence_limit_s=silence_limit_s)
         self._open_call = open_call
         self._adapter = adapter
-        self._reconnect = reconnect
-        self._silence_limit_s = silence_limit_s
         self._sequence = after_sequence
         self._told_sequence = after_sequence or 0
-        self._backoff = Backoff()
-        self._call: _Call | None = None
-        self._begun = False
-        self._closed = False
 
     @property
     def sequence(self) -> int | None:
@@ -77,39 +68,19 @@ class AdapterWatch:
                 is off.
             GatewayError: the call failed otherwise, for example with reason SEQUENCE_UNKNOWN.
         """
-        while not self._closed:
-            try:
-                response = await self._read()
-            except (Unavailable, IncompleteStream) as error:
-                if not (self._begun and self._reconnect):
-                    raise
-                await asyncio.sleep(self._backoff.delay_s(error.retry_delay_s))
-                continue
-            self._begun = True
+        while (response := await self._receive()) is not None:
             event = self._event_in(response)
             if event is not None:
                 return event
         raise StopAsyncIteration
 
-    async def aclose(self) -> None:
-        """End the watch. Reading on gives nothing. May be called again."""
-        self._closed = True
-        self._drop_call()
+    def _open(self) -> _Call:
+        return self._open_call(
+            WatchAdaptersRequest(after_sequence=self._sequence, adapter=self._adapter)
+        )
 
-    async def __aenter__(self) -> AdapterWatch:
-        return self
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        await self.aclose()
-
-    def __del__(self) -> None:
-        # grpc.aio's calls hold references to themselves and wait for the garbage collector.
-        self._drop_call()
+    async def _is_whole(self) -> bool:
+        return False  # it never ends by itself
 
     def _event_in(self, response: WatchAdaptersResponse) -> AdapterEvent | None:
         """The event that the message tells, if it does and it was not told before."""
@@ -123,45 +94,3 @@ class AdapterWatch:
                 # is ahead of the events that are still to come.
                 self._sequence = response.heartbeat.sequence
         return None
-
-    async def _read(self) -> WatchAdaptersResponse:
-        if self._call is None:
-            self._call = self._open_call(
-                WatchAdaptersRequest(after_sequence=self._sequence, adapter=self._adapter)
-            )
-        call, silent = self._call, False
-
-        def give_up() -> None:
-            nonlocal silent
-            silent = True
-            call.cancel()
-
-        # Not `asyncio.wait_for`: up to Python 3.11 it loses a cancellation that comes together
-        # with an event.
-        timer = asyncio.get_running_loop().call_later(self._silence_limit_s, give_up)
-        try:
-            response = await call.read()
-        except grpc.aio.AioRpcError as error:
-            self._drop_call()
-            raise GatewayError.from_rpc_error(error) from error
-        except asyncio.CancelledError:
-            self._drop_call()
-            if not silent:
-                raise
-            raise Unavailable(
-                f"the watch was silent for {self._silence_limit_s:g} s",
-                code=grpc.StatusCode.UNAVAILABLE,
-            ) from None
-        finally:
-            timer.cancel()
-        if isinstance(response, WatchAdaptersResponse):
-            return response
-        self._drop_call()
-        raise IncompleteStream(
-            "the watch ended, which it never does by itself", code=grpc.StatusCode.DATA_LOSS
-        )
-
-    def _drop_call(self) -> None:
-        if self._call is not None:
-            self._call.cancel()
-            self._call = None

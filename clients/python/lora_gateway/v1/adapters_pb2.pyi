@@ -740,7 +740,7 @@ Global___UploadHeader: typing_extensions.TypeAlias = UploadHeader
 
 @typing.final
 class UploadChunk(google.protobuf.message.Message):
-    """UploadChunk is a run of bytes of the weights."""
+    """UploadChunk is a run of bytes of the file that is uploaded."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 

@@ -180,6 +180,85 @@ class _ErrorReasonEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._En
     it belongs to another state folder. Watch from 0.
     Code OUT_OF_RANGE. Metadata: `sequence` (the newest).
     """
+    ERROR_REASON_DATASET_NOT_FOUND: _ErrorReason.ValueType  # 50
+    """ERROR_REASON_DATASET_NOT_FOUND: no dataset of that name exists.
+    Code NOT_FOUND with ResourceInfo. Metadata: `dataset`.
+    """
+    ERROR_REASON_DATASET_EXISTS: _ErrorReason.ValueType  # 51
+    """ERROR_REASON_DATASET_EXISTS: a dataset of that name has other bytes. Take
+    another name.
+    Code ALREADY_EXISTS with ResourceInfo. Metadata: `dataset`.
+    """
+    ERROR_REASON_DATASET_INVALID: _ErrorReason.ValueType  # 52
+    """ERROR_REASON_DATASET_INVALID: too many lines are bad, or none is left to
+    train on. ValidateDataset lists them.
+    Code INVALID_ARGUMENT with BadRequest of EstimateJob, which reads the dataset
+    at once; else in `Job.error`. Metadata: `dataset`, `total_lines`, `bad_lines`.
+    """
+    ERROR_REASON_DATASET_IN_USE: _ErrorReason.ValueType  # 53
+    """ERROR_REASON_DATASET_IN_USE: a job that has not ended needs the dataset.
+    Code FAILED_PRECONDITION. Metadata: `dataset`, `job`.
+    """
+    ERROR_REASON_JOB_NOT_FOUND: _ErrorReason.ValueType  # 54
+    """ERROR_REASON_JOB_NOT_FOUND: no job of that name exists.
+    Code NOT_FOUND with ResourceInfo. Metadata: `job`.
+    """
+    ERROR_REASON_JOB_EXISTS: _ErrorReason.ValueType  # 55
+    """ERROR_REASON_JOB_EXISTS: a job of that name exists. Take another `job_id`.
+    Code ALREADY_EXISTS with ResourceInfo. Metadata: `job`.
+    """
+    ERROR_REASON_JOB_ACTIVE: _ErrorReason.ValueType  # 56
+    """ERROR_REASON_JOB_ACTIVE: the job has not ended; cancel it first.
+    Code FAILED_PRECONDITION. Metadata: `job`, `state`.
+    """
+    ERROR_REASON_UNSERVABLE_ADAPTER: _ErrorReason.ValueType  # 57
+    """ERROR_REASON_UNSERVABLE_ADAPTER: the running server could not serve what the
+    job would train (rank, modules, bias, length). All findings (at most 16)
+    come in a `google.rpc.BadRequest`.
+    Code INVALID_ARGUMENT. Metadata: `field` (the first one).
+    """
+    ERROR_REASON_BASE_MODEL_UNKNOWN: _ErrorReason.ValueType  # 58
+    """ERROR_REASON_BASE_MODEL_UNKNOWN: the gateway serves another base model.
+    Code INVALID_ARGUMENT with BadRequest. Metadata: `base_model` (the served one).
+    """
+    ERROR_REASON_TRAINING_UNAVAILABLE: _ErrorReason.ValueType  # 59
+    """ERROR_REASON_TRAINING_UNAVAILABLE: no device trains here, or the backend that
+    is asked for is not installed.
+    Code FAILED_PRECONDITION. Metadata: none.
+    """
+    ERROR_REASON_QUEUE_FULL: _ErrorReason.ValueType  # 60
+    """ERROR_REASON_QUEUE_FULL: as many jobs wait as may. Try again when some have
+    ended.
+    Code RESOURCE_EXHAUSTED with RetryInfo. Metadata: `limit`.
+    """
+    ERROR_REASON_CHECKPOINT_NOT_FOUND: _ErrorReason.ValueType  # 61
+    """ERROR_REASON_CHECKPOINT_NOT_FOUND: the job has no such checkpoint.
+    Code NOT_FOUND with ResourceInfo. Metadata: `job`, `step`.
+    """
+    ERROR_REASON_GATE_REJECTED: _ErrorReason.ValueType  # 62
+    """ERROR_REASON_GATE_REJECTED: a checkpoint did not pass the gate. All findings
+    (at most 16) come in a `google.rpc.BadRequest`.
+    Code FAILED_PRECONDITION. Metadata: `job`, `step`.
+    """
+    ERROR_REASON_LOSS_DIVERGED: _ErrorReason.ValueType  # 63
+    """ERROR_REASON_LOSS_DIVERGED: the loss is NaN or infinite.
+    Only in `Job.error`. Metadata: `step`.
+    """
+    ERROR_REASON_OUT_OF_MEMORY: _ErrorReason.ValueType  # 64
+    """ERROR_REASON_OUT_OF_MEMORY: the device's memory did not do. Lower
+    micro_batch_size or max_sequence_tokens.
+    Only in `Job.error`. Metadata: `micro_batch_size`, `max_sequence_tokens`.
+    """
+    ERROR_REASON_TRAINER_LOST: _ErrorReason.ValueType  # 65
+    """ERROR_REASON_TRAINER_LOST: the training process died without saying why:
+    killed, or crashed. The message names its signal or exit code.
+    Only in `Job.error`. Metadata: `attempt`.
+    """
+    ERROR_REASON_TRAINER_FAILED: _ErrorReason.ValueType  # 66
+    """ERROR_REASON_TRAINER_FAILED: the training process ended with an error of a
+    library; the message names it, and GetJobLogs has the rest.
+    Only in `Job.error`. Metadata: `attempt`.
+    """
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """ErrorReason is the catalogue of errors that the gateway's own code answers.
@@ -357,5 +436,84 @@ ERROR_REASON_SEQUENCE_UNKNOWN: ErrorReason.ValueType  # 45
 """ERROR_REASON_SEQUENCE_UNKNOWN: `after_sequence` is above the newest event:
 it belongs to another state folder. Watch from 0.
 Code OUT_OF_RANGE. Metadata: `sequence` (the newest).
+"""
+ERROR_REASON_DATASET_NOT_FOUND: ErrorReason.ValueType  # 50
+"""ERROR_REASON_DATASET_NOT_FOUND: no dataset of that name exists.
+Code NOT_FOUND with ResourceInfo. Metadata: `dataset`.
+"""
+ERROR_REASON_DATASET_EXISTS: ErrorReason.ValueType  # 51
+"""ERROR_REASON_DATASET_EXISTS: a dataset of that name has other bytes. Take
+another name.
+Code ALREADY_EXISTS with ResourceInfo. Metadata: `dataset`.
+"""
+ERROR_REASON_DATASET_INVALID: ErrorReason.ValueType  # 52
+"""ERROR_REASON_DATASET_INVALID: too many lines are bad, or none is left to
+train on. ValidateDataset lists them.
+Code INVALID_ARGUMENT with BadRequest of EstimateJob, which reads the dataset
+at once; else in `Job.error`. Metadata: `dataset`, `total_lines`, `bad_lines`.
+"""
+ERROR_REASON_DATASET_IN_USE: ErrorReason.ValueType  # 53
+"""ERROR_REASON_DATASET_IN_USE: a job that has not ended needs the dataset.
+Code FAILED_PRECONDITION. Metadata: `dataset`, `job`.
+"""
+ERROR_REASON_JOB_NOT_FOUND: ErrorReason.ValueType  # 54
+"""ERROR_REASON_JOB_NOT_FOUND: no job of that name exists.
+Code NOT_FOUND with ResourceInfo. Metadata: `job`.
+"""
+ERROR_REASON_JOB_EXISTS: ErrorReason.ValueType  # 55
+"""ERROR_REASON_JOB_EXISTS: a job of that name exists. Take another `job_id`.
+Code ALREADY_EXISTS with ResourceInfo. Metadata: `job`.
+"""
+ERROR_REASON_JOB_ACTIVE: ErrorReason.ValueType  # 56
+"""ERROR_REASON_JOB_ACTIVE: the job has not ended; cancel it first.
+Code FAILED_PRECONDITION. Metadata: `job`, `state`.
+"""
+ERROR_REASON_UNSERVABLE_ADAPTER: ErrorReason.ValueType  # 57
+"""ERROR_REASON_UNSERVABLE_ADAPTER: the running server could not serve what the
+job would train (rank, modules, bias, length). All findings (at most 16)
+come in a `google.rpc.BadRequest`.
+Code INVALID_ARGUMENT. Metadata: `field` (the first one).
+"""
+ERROR_REASON_BASE_MODEL_UNKNOWN: ErrorReason.ValueType  # 58
+"""ERROR_REASON_BASE_MODEL_UNKNOWN: the gateway serves another base model.
+Code INVALID_ARGUMENT with BadRequest. Metadata: `base_model` (the served one).
+"""
+ERROR_REASON_TRAINING_UNAVAILABLE: ErrorReason.ValueType  # 59
+"""ERROR_REASON_TRAINING_UNAVAILABLE: no device trains here, or the backend that
+is asked for is not installed.
+Code FAILED_PRECONDITION. Metadata: none.
+"""
+ERROR_REASON_QUEUE_FULL: ErrorReason.ValueType  # 60
+"""ERROR_REASON_QUEUE_FULL: as many jobs wait as may. Try again when some have
+ended.
+Code RESOURCE_EXHAUSTED with RetryInfo. Metadata: `limit`.
+"""
+ERROR_REASON_CHECKPOINT_NOT_FOUND: ErrorReason.ValueType  # 61
+"""ERROR_REASON_CHECKPOINT_NOT_FOUND: the job has no such checkpoint.
+Code NOT_FOUND with ResourceInfo. Metadata: `job`, `step`.
+"""
+ERROR_REASON_GATE_REJECTED: ErrorReason.ValueType  # 62
+"""ERROR_REASON_GATE_REJECTED: a checkpoint did not pass the gate. All findings
+(at most 16) come in a `google.rpc.BadRequest`.
+Code FAILED_PRECONDITION. Metadata: `job`, `step`.
+"""
+ERROR_REASON_LOSS_DIVERGED: ErrorReason.ValueType  # 63
+"""ERROR_REASON_LOSS_DIVERGED: the loss is NaN or infinite.
+Only in `Job.error`. Metadata: `step`.
+"""
+ERROR_REASON_OUT_OF_MEMORY: ErrorReason.ValueType  # 64
+"""ERROR_REASON_OUT_OF_MEMORY: the device's memory did not do. Lower
+micro_batch_size or max_sequence_tokens.
+Only in `Job.error`. Metadata: `micro_batch_size`, `max_sequence_tokens`.
+"""
+ERROR_REASON_TRAINER_LOST: ErrorReason.ValueType  # 65
+"""ERROR_REASON_TRAINER_LOST: the training process died without saying why:
+killed, or crashed. The message names its signal or exit code.
+Only in `Job.error`. Metadata: `attempt`.
+"""
+ERROR_REASON_TRAINER_FAILED: ErrorReason.ValueType  # 66
+"""ERROR_REASON_TRAINER_FAILED: the training process ended with an error of a
+library; the message names it, and GetJobLogs has the rest.
+Only in `Job.error`. Metadata: `attempt`.
 """
 Global___ErrorReason: typing_extensions.TypeAlias = ErrorReason

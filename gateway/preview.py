@@ -1,0 +1,66 @@
+"""A row as the trainer sees it, held against what the server would render.
+
+Training and serving agree only if each prompt of the row, which is what stands before an
+assistant turn, has the same ids in both. Here both are asked.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from engine.errors import InvalidRequest
+from engine.generation import Chat, ChatMessage
+from engine.shard import Shard
+from lora_gateway.v1 import training_pb2 as pb
+from store.job_records import DatasetRecord
+from trainer.preparation import Preparations
+from trainer.spec import DataSpec
+
+
+class Previews:
+    """Shows rows of datasets."""
+
+    def __init__(self, preparations: Preparations, shard: Shard) -> None:
+        """`shard` renders as it does for callers."""
+        self._preparations = preparations
+        self._shard = shard
+
+    async def preview(
+        self, dataset: DatasetRecord, path: Path, line: int, data: DataSpec
+    ) -> pb.PreviewTokensResponse:
+        """One line, from 1. Raises InvalidSpec for a line that is not there, or is no row."""
+        preview = await self._preparations.preview(dataset, path, line, data)
+        mismatch = ""
+        for number, (messages, prompt_ids) in enumerate(preview.prompts, start=1):
+            mismatch = mismatch or await self._mismatch(number, messages, prompt_ids)
+        return pb.PreviewTokensResponse(
+            text=preview.text,
+            tokens=[
+                pb.PreviewToken(id=token.id, text=token.text, trained=token.trained)
+                for token in preview.tokens
+            ],
+            matches_serving=not mismatch,
+            mismatch=mismatch,
+            kept=preview.kept,
+            reason=preview.reason,
+        )
+
+    async def _mismatch(
+        self, number: int, messages: list[tuple[str, str]], prompt_ids: list[int]
+    ) -> str:
+        """Where the server's ids of a prompt differ from the trainer's; empty if nowhere."""
+        chat = Chat([ChatMessage(role, content) for role, content in messages])
+        try:
+            served = list((await self._shard.render(chat)).token_ids)
+        except InvalidRequest as error:
+            return f"the server refuses the prompt of assistant turn {number}: {error}"
+        if served == list(prompt_ids):
+            return ""
+        at = next(
+            (i for i, (a, b) in enumerate(zip(served, prompt_ids, strict=False)) if a != b),
+            min(len(served), len(prompt_ids)),
+        )
+        return (
+            f"the prompt of assistant turn {number} has {len(prompt_ids)} tokens in training and "
+            f"{len(served)} in serving, and they differ from token {at} on"
+        )

@@ -1,0 +1,118 @@
+"""The training half of the control plane: datasets, jobs, and the gate into the catalog.
+
+    Training -> datasets -> files
+            '-> jobs -> training process
+                    '-> publisher -> catalog -> gate -> a new version
+
+Owned by the control plane, which opens, runs and closes it.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from engine.base_model import ModuleShapes
+from engine.catalog import AdapterCatalog
+from engine.shard import Shard
+from engine.trial import Trial
+from gateway.admission import Admission
+from gateway.checkpoint_sources import TRAIN_SCHEME, CheckpointSources
+from gateway.gating import CheckpointGate
+from gateway.preview import Previews
+from gateway.publishing import CatalogPublisher
+from gateway.settings import PRICE, Settings, training_environment_base
+from gateway.training import Training
+from store.datasets import DatasetFiles
+from store.jobs import JobStore
+from store.registry import Registry
+from store.uploads import DATASET_UPLOADS, UploadStore
+from trainer.datasets import Datasets
+from trainer.devices import Device
+from trainer.estimate import Price
+from trainer.jobs import Jobs
+from trainer.preparation import Preparations
+from trainer.served import ServedModel
+
+
+class TrainingPlane:
+    """Everything about training in one gateway."""
+
+    def __init__(self, settings: Settings, state_dir: Path, store: JobStore) -> None:
+        self._settings = settings
+        self._state_dir = state_dir
+        self._store = store
+        self._files = DatasetFiles(state_dir)
+        self._datasets = Datasets(
+            store, self._files, UploadStore(state_dir, folder=DATASET_UPLOADS)
+        )
+        self.sources = CheckpointSources(state_dir / "jobs")
+        """Checkpoints as sources of adapters."""
+        self._preparations: Preparations | None = None
+        self._jobs: Jobs | None = None
+
+    async def open(self) -> None:
+        """Sweep what a crash left over."""
+        await self._datasets.open()
+
+    def serve(
+        self,
+        served: ServedModel,
+        shapes: ModuleShapes,
+        shard: Shard,
+        catalog: AdapterCatalog,
+        registry: Registry,
+        admission: Admission,
+    ) -> Training:
+        """The servicer, which renders on `shard` and publishes into `catalog`."""
+        settings, environment = self._settings, training_environment_base()
+        python = str(settings.training_python or sys.executable)
+        self._preparations = preparations = Preparations(
+            self._state_dir, served, environment, python=python
+        )
+        self._jobs = jobs = Jobs(
+            self._store,
+            self._files,
+            preparations,
+            CatalogPublisher(catalog, registry, self.sources, served, shapes),
+            served,
+            [Device(name) for name in settings.devices_that_train],
+            self._state_dir,
+            python=python,
+            environment=environment,
+            price=_price(settings.training_price),
+        )
+        return Training(
+            self._store,
+            self._datasets,
+            preparations,
+            Previews(preparations, shard),
+            jobs,
+            served,
+            admission,
+        )
+
+    def trials(self, served: ServedModel) -> dict[str, Trial]:
+        """What a trained adapter has to pass before it is READY, by scheme of its source."""
+        return {TRAIN_SCHEME: CheckpointGate(self.sources, served)}
+
+    async def run(self) -> None:
+        """Run jobs, until cancelled."""
+        assert self._jobs is not None
+        await self._jobs.run()
+
+    async def sweep_uploads(self) -> None:
+        """Drop uploads that nobody went on with."""
+        await self._datasets.sweep_uploads()
+
+    async def close(self) -> None:
+        """Training processes go on, and are found again at the next start."""
+        if self._jobs is not None:
+            await self._jobs.close()
+        if self._preparations is not None:
+            await self._preparations.close()
+
+
+def _price(text: str | None) -> Price | None:
+    found = PRICE.fullmatch(text or "")
+    return None if found is None else Price(float(found[1]), found[2])

@@ -1,0 +1,89 @@
+"""A job is cancelled wherever it stands: in time, with what it had, and nothing left running."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+
+import grpc
+import psutil
+import pytest
+
+from lora_gateway.v1 import training_pb2 as pb
+from lora_gateway.v1.training_pb2_grpc import TrainingStub
+from tests.e2e import training
+
+LIMIT_S = 20.0
+"""Grace of 10 s, and 10 s more."""
+LONG = pb.Hyperparameters(
+    epochs=500,
+    learning_rate=1e-4,
+    quantization=pb.QUANTIZATION_NONE,
+    precision=pb.PRECISION_FLOAT32,
+)
+
+pytestmark = pytest.mark.timeout(600)
+
+
+def processes() -> set[int]:
+    """Training processes that run."""
+    found = set()
+    for process in psutil.process_iter(["cmdline"]):
+        if "trainer.worker" in (process.info["cmdline"] or ()):
+            found.add(process.pid)
+    return found
+
+
+async def until(channel: grpc.aio.Channel, name: str, moment: str) -> None:
+    """Wait for the moment at which the job is to be cancelled."""
+    async for event in training.events(channel, name):
+        state = event.state_changed.state
+        if moment == "load" and state == pb.JOB_STATE_PREPARING:
+            await asyncio.sleep(1.0)  # in its imports
+            return
+        if moment == "step" and event.progress.step >= 2:
+            return
+        # The step that ends an epoch, after which the evaluation begins.
+        if moment == "evaluation" and event.progress.epoch >= 1:
+            return
+        assert state not in training.FINAL, (await training.get(channel, name)).error
+
+
+@pytest.mark.parametrize("moment", ["load", "step", "evaluation"])
+async def test_cancel_job_ends_it_in_time_with_what_it_had(
+    channel: grpc.aio.Channel, moment: str
+) -> None:
+    name = f"cancel-{moment}-{uuid.uuid4().hex[:6]}"
+    rows = [training.chat(f"Question {i}?", f"Answer {i}.") for i in range(200)]
+    await training.upload(channel, name, training.lines(rows))
+    spec = pb.JobSpec(dataset=name, adapter=name, hyperparameters=LONG)
+    if moment == "evaluation":
+        # Half of the rows are evaluated after the first epoch, which takes a while.
+        spec.data.eval_fraction = 0.5
+    before = processes()
+    await training.create(channel, spec, job_id=name)
+    await until(channel, name, moment)
+    assert processes() - before
+
+    started_s = time.monotonic()
+    stub = TrainingStub(channel)
+    job = (await stub.CancelJob(pb.CancelJobRequest(name=name))).job
+    assert job.state in (pb.JOB_STATE_CANCELLING, pb.JOB_STATE_CANCELLED)
+    job = await training.ended(channel, name)
+    took_s = time.monotonic() - started_s
+    print(f"cancelled during {moment} in {took_s:.1f} s")
+
+    assert job.state == pb.JOB_STATE_CANCELLED
+    assert took_s < LIMIT_S
+    assert not processes() - before
+    found = (await stub.ListCheckpoints(pb.ListCheckpointsRequest(name=name))).checkpoints
+    assert bool(found) == (moment != "load")
+    assert all(not checkpoint.final for checkpoint in found)
+    # Cancelling again changes nothing; then it can be forgotten.
+    again = (await stub.CancelJob(pb.CancelJobRequest(name=name))).job
+    assert again.last_sequence == job.last_sequence
+    await stub.DeleteJob(pb.DeleteJobRequest(name=name))
+    with pytest.raises(grpc.aio.AioRpcError) as gone:
+        await training.get(channel, name)
+    assert gone.value.code() is grpc.StatusCode.NOT_FOUND

@@ -1,0 +1,192 @@
+"""Whether a job can be run here, before anything is spent on it; and what it would cost."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator, Sequence
+
+from store.job_records import DatasetRecord, JobRecord, JobState
+from trainer.capabilities import Capabilities, Installed, installed_for
+from trainer.devices import Device, DeviceFacts, device_facts
+from trainer.errors import (
+    BaseModelUnknown,
+    InvalidSpec,
+    TrainingUnavailable,
+    UnservableAdapter,
+)
+from trainer.estimate import WIDTH_BYTES, Estimate, Pace, Price, estimate, pace_of
+from trainer.events import Progress
+from trainer.means import Means
+from trainer.model_size import ModelSize, model_size
+from trainer.publisher import Finding
+from trainer.spec import DatasetFormat, JobSpec, Precision
+
+MEASURED_RUNS = 20
+"""Newest jobs that are looked at for how fast such jobs run here."""
+
+
+class Admission:
+    """What this gateway trains. Asks devices, libraries and the base model once."""
+
+    def __init__(
+        self, means: Means, devices: Sequence[Device], *, python: str, price: Price | None
+    ) -> None:
+        self._means = means
+        self._devices = tuple(devices)
+        self._python = python
+        self._price = price
+        self._asking = asyncio.Lock()
+        self._installed: Installed | None = None
+        self._size: ModelSize | None = None
+        self._bfloat16: bool | None = None
+
+    async def capabilities(self) -> Capabilities:
+        """What can be trained here. Raises TrainingUnavailable if that cannot be told."""
+        installed = await self._look_up()
+        return Capabilities(
+            backends=installed.backends,
+            devices=tuple(device.name for device in self._devices),
+            versions=installed.versions,
+            bfloat16=bool(self._devices) and await self._has_bfloat16(),
+        )
+
+    async def resolve(self, tenant: str, spec: JobSpec) -> JobSpec:
+        """The spec with every field set.
+
+        Raises DatasetUnknown, TrainingUnavailable, BaseModelUnknown, InvalidSpec and
+        UnservableAdapter.
+        """
+        served = self._means.served
+        if spec.base_model not in ("", served.name):
+            raise BaseModelUnknown(spec.base_model, served.name)
+        if not self._devices:
+            raise TrainingUnavailable(
+                "this gateway has no device to train on: its operator names one with --train-device"
+            )
+        backends = (await self._look_up()).backends
+        if spec.backend is not None and spec.backend not in backends:
+            there = ", ".join(backend.name for backend in backends) or "none"
+            raise TrainingUnavailable(
+                f"backend {spec.backend.name} is not installed here; there is: {there}"
+            )
+        if not backends:
+            raise TrainingUnavailable(
+                "no backend is installed: the operator installs lora-gateway[train], or names an "
+                "interpreter that has it"
+            )
+        dataset = await self._dataset(tenant, spec)
+        resolved = spec.resolved(
+            base_model=served.name,
+            max_model_len=served.max_model_len,
+            served_dtype=served.dtype,
+            backend=backends[0],
+            on_gpu=self._devices[0].on_gpu,
+            format=DatasetFormat(dataset.format) if dataset.format else None,
+        )
+        wrong = list(_wrong(resolved))
+        if resolved.hyperparameters.precision is Precision.BFLOAT16 and (
+            not await self._has_bfloat16()
+        ):
+            wrong.append(
+                Finding("spec.hyperparameters.precision", "no bfloat16 here: take FLOAT32")
+            )
+        if wrong:
+            raise InvalidSpec(*wrong)
+        if findings := list(self._unservable(resolved)):
+            raise UnservableAdapter(findings)
+        return resolved
+
+    def _unservable(self, resolved: JobSpec) -> Iterator[Finding]:
+        found = self._means.publisher.findings(resolved)
+        yield from found
+        field, limit = "spec.data.max_sequence_tokens", self._means.served.max_model_len
+        tokens = resolved.data.max_sequence_tokens or 0
+        if tokens > limit and field not in {finding.field for finding in found}:
+            yield Finding(
+                field, f"rows of {tokens} tokens cannot be served, but {limit} at most: lower it"
+            )
+
+    async def _dataset(self, tenant: str, spec: JobSpec) -> DatasetRecord:
+        dataset = await self._means.store.dataset(tenant, spec.dataset)
+        if spec.data.eval_dataset:
+            await self._means.store.dataset(tenant, spec.data.eval_dataset)
+        return dataset
+
+    async def estimate(self, tenant: str, spec: JobSpec) -> Estimate:
+        """What it would cost. Raises as `resolve` does, and DatasetInvalid."""
+        resolved = await self.resolve(tenant, spec)
+        rows = await self._means.rows_of(tenant, spec, resolved)
+        device, served = self._devices[0], self._means.served
+        if self._size is None:
+            self._size = await asyncio.to_thread(model_size, served.path)
+        return estimate(
+            resolved,
+            rows.prepared.report,
+            self._size,
+            await self._facts(device),
+            on_gpu=device.on_gpu,
+            served_width_bytes=4 if served.dtype == "float32" else WIDTH_BYTES[Precision.BFLOAT16],
+            max_model_len=served.max_model_len,
+            max_lora_rank=served.max_lora_rank,
+            pace=await self._pace(tenant, resolved),
+            price=self._price,
+        )
+
+    async def _pace(self, tenant: str, spec: JobSpec) -> Pace | None:
+        """How fast jobs like it ran: of this model, backend and precision."""
+        jobs = await self._means.store.jobs(
+            tenant, limit=MEASURED_RUNS, states=[JobState.SUCCEEDED]
+        )
+        return pace_of([_run(job) for job in jobs if _alike(job, spec)])
+
+    async def _look_up(self) -> Installed:
+        async with self._asking:
+            if self._installed is None:
+                self._installed = await installed_for(self._python, self._means.environment)
+            return self._installed
+
+    async def _has_bfloat16(self) -> bool:
+        if self._bfloat16 is None:
+            facts = [await self._facts(device) for device in self._devices]
+            self._bfloat16 = all(fact.bfloat16 for fact in facts)
+        return self._bfloat16
+
+    async def _facts(self, device: Device) -> DeviceFacts:
+        return await asyncio.to_thread(device_facts, device)
+
+
+def _wrong(spec: JobSpec) -> Iterator[Finding]:
+    """What limits of a field depend on others, which have their defaults by now."""
+    data = spec.data
+    assert data.max_sequence_tokens and data.max_row_tokens and data.reserve_tokens is not None
+    if data.max_row_tokens > data.max_sequence_tokens:
+        yield Finding(
+            "spec.data.max_row_tokens",
+            f"is above max_sequence_tokens ({data.max_sequence_tokens}): lower it",
+        )
+    if data.reserve_tokens >= data.max_sequence_tokens:
+        yield Finding(
+            "spec.data.reserve_tokens",
+            f"leaves nothing of max_sequence_tokens ({data.max_sequence_tokens}): lower it",
+        )
+
+
+def _alike(job: JobRecord, spec: JobSpec) -> bool:
+    """Whether a job that ran says how fast this one would."""
+    ran = JobSpec.model_validate(job.effective_spec)
+    ours, theirs = spec.hyperparameters, ran.hyperparameters
+    return (
+        job.progress is not None
+        and ran.base_model == spec.base_model
+        and ran.backend is spec.backend
+        and theirs.quantization is ours.quantization
+        and theirs.precision is ours.precision
+    )
+
+
+def _run(job: JobRecord) -> tuple[int, float, float]:
+    """Tokens that a job saw, seconds of its steps, and seconds of the rest."""
+    progress = Progress.model_validate(job.progress)
+    started_ns, ended_ns = job.start_time_ns or 0, job.end_time_ns or 0
+    rest_s = max(0.0, (ended_ns - started_ns) / 1e9 - progress.elapsed_s)
+    return progress.tokens_seen, progress.elapsed_s, rest_s

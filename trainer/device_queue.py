@@ -1,0 +1,68 @@
+"""Who trains next: one job a device, the oldest first."""
+
+from __future__ import annotations
+
+import asyncio
+import bisect
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from trainer.devices import Device
+
+
+@dataclass(order=True, slots=True)
+class _Waiter:
+    since_ns: int
+    uid: str
+    device: asyncio.Future[Device] = field(compare=False)
+
+
+class DeviceQueue:
+    """The devices of one gateway, and the jobs that wait for one."""
+
+    def __init__(self, devices: Sequence[Device]) -> None:
+        self._free = list(devices)
+        self._held: list[Device] = []
+        self._waiting: list[_Waiter] = []
+
+    async def take(self, uid: str, since_ns: int) -> Device:
+        """A device for this job, once it is free and no job since earlier waits for it."""
+        waiter = _Waiter(since_ns, uid, asyncio.get_running_loop().create_future())
+        bisect.insort(self._waiting, waiter)
+        self._hand_out()
+        try:
+            return await waiter.device
+        except asyncio.CancelledError:
+            if waiter in self._waiting:
+                self._waiting.remove(waiter)
+            elif not waiter.device.cancelled():
+                self.give_back(waiter.device.result())
+            raise
+
+    def hold(self, name: str) -> Device:
+        """The device of a run that went on without us; it need not be one of ours any more."""
+        device = Device(name)
+        if device in self._free:
+            self._free.remove(device)
+            self._held.append(device)
+        return device
+
+    def give_back(self, device: Device) -> None:
+        """Let the next job have it."""
+        if device in self._held:
+            self._held.remove(device)
+            self._free.append(device)
+            self._hand_out()
+
+    def position(self, uid: str) -> int:
+        """From 1 for the job that is next; 0 for one that does not wait."""
+        return next((at for at, waiter in enumerate(self._waiting, 1) if waiter.uid == uid), 0)
+
+    def _hand_out(self) -> None:
+        while self._free and self._waiting:
+            waiter = self._waiting.pop(0)
+            if waiter.device.done():  # cancelled, and not told so yet
+                continue
+            device = self._free.pop(0)
+            self._held.append(device)
+            waiter.device.set_result(device)

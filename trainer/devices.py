@@ -1,0 +1,78 @@
+"""The devices that train: the CPU, and GPUs by number.
+
+A GPU is asked through `nvidia-smi`, which comes with the driver: a query by torch would keep a
+few hundred megabytes of the GPU for the asking process, for as long as it lives.
+"""
+
+from __future__ import annotations
+
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+from trainer.errors import TrainingUnavailable
+
+CPU = "cpu"
+
+QUERY_S = 10.0
+"""How long a query of a GPU may take. A driver that hangs hangs its tools."""
+FIRST_BFLOAT16 = 8.0
+"""CUDA's compute capability from which on a GPU computes in bfloat16 (Ampere)."""
+KIB, MIB = 1024, 1024**2
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """One device, which runs one job at a time."""
+
+    name: str
+    """`cpu`, or the number of a GPU."""
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.name != CPU
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceFacts:
+    """What a device has now."""
+
+    memory_bytes: int
+    """All of it."""
+    memory_available_bytes: int
+    bfloat16: bool
+    """Whether it computes in bfloat16."""
+
+
+def device_facts(device: Device) -> DeviceFacts:
+    """Ask a device; takes up to a second. Raises TrainingUnavailable if it does not answer."""
+    return _gpu_facts(device) if device.on_gpu else _cpu_facts()
+
+
+def _cpu_facts(meminfo: Path = Path("/proc/meminfo")) -> DeviceFacts:
+    fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
+    total, available = (int(fields[name].split()[0]) * KIB for name in ("MemTotal", "MemAvailable"))
+    # PyTorch computes in bfloat16 on every CPU, if slowly on one without instructions for it.
+    return DeviceFacts(total, min(total, available), bfloat16=True)
+
+
+def _gpu_facts(device: Device) -> DeviceFacts:
+    command = [
+        "nvidia-smi",
+        f"--id={device.name}",
+        "--query-gpu=memory.total,memory.free,compute_cap",
+        "--format=csv,noheader,nounits",
+    ]
+    try:
+        answer = subprocess.run(
+            command, capture_output=True, text=True, timeout=QUERY_S, check=True
+        ).stdout
+        total, free, capability = answer.strip().split(",")
+        return DeviceFacts(
+            int(total) * MIB, int(free) * MIB, bfloat16=float(capability) >= FIRST_BFLOAT16
+        )
+    except (OSError, subprocess.SubprocessError, ValueError) as error:
+        raise TrainingUnavailable(
+            f"GPU {device.name} does not answer nvidia-smi ({type(error).__name__}): give the "
+            "gateway the number of a GPU that is there, or train on the cpu"
+        ) from error

@@ -1,0 +1,228 @@
+"""What a job would cost: steps, memory, time, money. Pure; an estimate, not a promise."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from trainer.devices import DeviceFacts
+from trainer.effective import HIGH_LEARNING_RATE, HIGH_SCALE
+from trainer.model_size import ModelSize
+from trainer.report import DatasetReport
+from trainer.spec import (
+    GradientCheckpointing,
+    JobSpec,
+    Optimizer,
+    Precision,
+    Quantization,
+)
+
+NF4_BYTES = 4.5 / 8
+"""Of a weight in 4 bits, with its share of the scales."""
+WIDTH_BYTES = {Precision.BFLOAT16: 2, Precision.FLOAT32: 4}
+MASTER_BYTES, GRADIENT_BYTES = 4, 4
+"""Of a weight of the adapter, which is trained in float32."""
+OPTIMIZER_BYTES = {Optimizer.ADAMW_8BIT: 2, Optimizer.ADAMW: 8}
+"""AdamW's two numbers of a weight."""
+LAYER_HIDDEN, LAYER_INTERMEDIATE = 14, 4
+"""What the backward pass of a layer needs of each token: vectors of these two lengths."""
+LOGIT_COPIES = 3
+"""Of a row's logits in float32, while the loss is computed: themselves, softmax, gradient."""
+LIBRARIES_GPU_BYTES, LIBRARIES_CPU_BYTES = 700 * 1024**2, 900 * 1024**2
+"""A CUDA context with its kernels; PyTorch and Unsloth in a process's memory."""
+
+GPU_FLOPS, CPU_FLOPS = 1.5e14, 5e10
+"""What training gets out of a data centre's GPU, and of two cores of a server."""
+START_S = 45.0
+"""To import the libraries, load a model and save an adapter, until one was measured."""
+
+MIN_WARMED_STEPS = 100
+"""Below, a run of so few steps is over before a warm-up would have been."""
+
+
+@dataclass(frozen=True, slots=True)
+class Price:
+    """What an hour of a device costs."""
+
+    amount: float
+    currency: str
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """How fast earlier runs like it were on this gateway."""
+
+    tokens_per_second: float
+    start_s: float
+    """Of their time that was not steps."""
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """What a job would cost. The contract's `Estimate` has meanings and units."""
+
+    tokens: int
+    steps: int
+    rows: int
+    memory_bytes: int
+    memory_available_bytes: int
+    duration_s: float
+    cost: float | None
+    currency: str
+    adapter_bytes: int
+    lora_scale: float
+    measured: bool
+    warnings: tuple[str, ...]
+
+
+def estimate(
+    spec: JobSpec,
+    report: DatasetReport,
+    size: ModelSize,
+    facts: DeviceFacts,
+    *,
+    on_gpu: bool,
+    served_width_bytes: int,
+    max_model_len: int,
+    max_lora_rank: int,
+    pace: Pace | None,
+    price: Price | None,
+) -> Estimate:
+    """Of a resolved spec; `report` is its dataset's, and `served_width_bytes` a saved weight's."""
+    rows = training_rows(spec, report.rows)
+    steps, epochs = steps_and_epochs(spec, rows)
+    tokens = round(report.tokens.total * (rows / report.rows if report.rows else 0) * epochs)
+    assert spec.lora.r is not None
+    adapter = size.adapter_parameters(spec.lora.r, spec.lora.target_modules)
+    memory_bytes = _memory_bytes(spec, report, size, adapter, on_gpu=on_gpu)
+    if pace is None:
+        checkpointed = _checkpointing(spec) is not GradientCheckpointing.OFF
+        # Forward 2, backward 2 (frozen weights have no gradient), and forward once more.
+        operations = (6 if checkpointed else 4) * size.parameters
+        pace = Pace((GPU_FLOPS if on_gpu else CPU_FLOPS) / operations, START_S)
+        measured = False
+    else:
+        measured = True
+    duration_s = pace.start_s + tokens / pace.tokens_per_second
+    return Estimate(
+        tokens=tokens,
+        steps=steps,
+        rows=rows,
+        memory_bytes=memory_bytes,
+        memory_available_bytes=facts.memory_available_bytes,
+        duration_s=duration_s,
+        cost=None if price is None else price.amount * duration_s / 3600,
+        currency="" if price is None else price.currency,
+        adapter_bytes=adapter * served_width_bytes,
+        lora_scale=spec.lora.scale,
+        measured=measured,
+        warnings=tuple(
+            _warnings(spec, report, steps, memory_bytes, facts, max_model_len, max_lora_rank)
+        ),
+    )
+
+
+def training_rows(spec: JobSpec, rows: int) -> int:
+    """Rows that are left to train on, as the training process splits them."""
+    data = spec.data
+    if data.eval_dataset or not data.eval_fraction:
+        return rows
+    held_out = int(rows * data.eval_fraction)
+    return rows - (max(1, held_out) if rows >= 20 else held_out)
+
+
+def steps_and_epochs(spec: JobSpec, rows: int) -> tuple[int, float]:
+    """Steps of a run over so many rows, and how often it sees them."""
+    asked = spec.hyperparameters
+    assert asked.micro_batch_size and asked.gradient_accumulation and asked.epochs
+    batches = math.ceil(rows / asked.micro_batch_size)
+    an_epoch = max(1, math.ceil(batches / asked.gradient_accumulation))
+    if asked.max_steps is None:
+        return math.ceil(an_epoch * asked.epochs), asked.epochs
+    return asked.max_steps, asked.max_steps / an_epoch
+
+
+def _checkpointing(spec: JobSpec) -> GradientCheckpointing:
+    return spec.hyperparameters.gradient_checkpointing or GradientCheckpointing.OFF
+
+
+def _memory_bytes(
+    spec: JobSpec, report: DatasetReport, size: ModelSize, adapter: int, *, on_gpu: bool
+) -> int:
+    asked = spec.hyperparameters
+    assert asked.precision and asked.optimizer and asked.micro_batch_size
+    width_bytes = WIDTH_BYTES[asked.precision]
+    quantized = asked.quantization is Quantization.NF4
+    weights = size.linear * (NF4_BYTES if quantized else width_bytes) + size.other * width_bytes
+    optimizer = asked.optimizer if on_gpu else Optimizer.ADAMW
+    trained = adapter * (MASTER_BYTES + GRADIENT_BYTES + OPTIMIZER_BYTES[optimizer])
+    tokens = asked.micro_batch_size * report.tokens.max
+    layer = tokens * (LAYER_HIDDEN * size.hidden + LAYER_INTERMEDIATE * size.intermediate)
+    kept = tokens * size.hidden * size.layers
+    match _checkpointing(spec):
+        case GradientCheckpointing.OFF:
+            numbers = layer * size.layers
+        case GradientCheckpointing.UNSLOTH if on_gpu:
+            numbers = layer  # what is kept of the others goes to the host
+        case _:
+            numbers = layer + kept
+    logits = tokens * size.vocabulary * 4 * LOGIT_COPIES
+    libraries = LIBRARIES_GPU_BYTES if on_gpu else LIBRARIES_CPU_BYTES
+    return round(weights + trained + numbers * width_bytes + logits + libraries)
+
+
+def _warnings(
+    spec: JobSpec,
+    report: DatasetReport,
+    steps: int,
+    memory_bytes: int,
+    facts: DeviceFacts,
+    max_model_len: int,
+    max_lora_rank: int,
+) -> Iterator[str]:
+    asked, lora, data = spec.hyperparameters, spec.lora, spec.data
+    assert asked.learning_rate is not None and lora.r is not None and data.max_sequence_tokens
+    if lora.use_rslora and lora.scale > HIGH_SCALE and asked.learning_rate >= HIGH_LEARNING_RATE:
+        yield (
+            f"rsLoRA multiplies the adapter by alpha / sqrt(r) = {lora.scale:.1f}, not by "
+            f"alpha / r = {(lora.alpha or 0) / lora.r:g}, at a learning rate of "
+            f"{asked.learning_rate:g}: if the loss rises, lower the learning rate or alpha"
+        )
+    if 2 * lora.r > max_lora_rank and lora.r < max_lora_rank:
+        yield f"rank {lora.r} is near {max_lora_rank}, the highest that is served"
+    if not asked.warmup_ratio and steps < MIN_WARMED_STEPS:
+        yield (
+            f"all {steps} steps begin at the full learning rate: with so few, a warmup_ratio of "
+            "0.1 trains more steadily"
+        )
+    if report.overlength_rows:
+        yield (
+            f"{report.overlength_rows} rows are too long and left out: raise max_row_tokens, or "
+            "take overlength truncate_turns"
+        )
+    if report.truncated_rows:
+        yield f"{report.truncated_rows} rows lose their oldest turns to fit"
+    if data.max_sequence_tokens < max_model_len:
+        yield (
+            f"rows have at most {data.max_sequence_tokens} tokens, and the server takes "
+            f"{max_model_len}: longer prompts are not what it was trained for"
+        )
+    if memory_bytes > facts.memory_available_bytes:
+        yield (
+            f"it needs about {memory_bytes / 1e9:.1f} GB and the device has "
+            f"{facts.memory_available_bytes / 1e9:.1f} GB free: reduce micro_batch_size or "
+            "max_sequence_tokens"
+        )
+
+
+def pace_of(runs: Sequence[tuple[int, float, float]]) -> Pace | None:
+    """The pace of earlier runs: tokens, seconds of their steps, seconds of the rest of each.
+
+    None without a run that took any time.
+    """
+    steps_s = sum(steps for _, steps, _ in runs)
+    tokens = sum(tokens for tokens, _, _ in runs)
+    if not steps_s or not tokens:
+        return None
+    return Pace(tokens / steps_s, sum(rest for _, _, rest in runs) / len(runs))

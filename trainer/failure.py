@@ -1,0 +1,107 @@
+"""Why a run failed, told from what was raised."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+
+from store.upload_folder import StorageFull
+from trainer.events import FailureReason, JobFailure
+from trainer.spec import JobSpec
+
+MAX_LINE_CHARACTERS = 500
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_FULL_TEXTS = (
+    "no space left on device",
+    "disk quota exceeded",
+    "os error 28)",
+    "os error 122)",
+    "pytorchstreamwriter failed writing",
+    "inline_container",
+    "iostream error",
+)
+"""What libraries make of these numbers: safetensors and PyTorch write by themselves, and PyTorch
+does not say why that failed."""
+_NO_MEMORY_TEXTS = (
+    "out of memory",
+    "defaultcpuallocator: can't allocate memory",
+    "defaultcpuallocator: not enough memory",
+    "cannot allocate memory",
+)
+
+
+class RunFailed(Exception):
+    """A run cannot go on, for a reason that is known."""
+
+    def __init__(self, failure: JobFailure) -> None:
+        super().__init__(failure.message)
+        self.failure = failure
+
+
+def failure_of(error: BaseException, spec: JobSpec) -> JobFailure:
+    """What to tell the job's owner about an error that ended a run of this spec."""
+    if isinstance(error, RunFailed):
+        return error.failure
+    if is_storage_full(error):
+        return JobFailure(
+            reason=FailureReason.STORAGE_FULL,
+            message=(
+                "the disk with the gateway's state is full: free some space (delete jobs that "
+                "have ended, or lower spec.checkpoints_kept) and create the job again"
+            ),
+        )
+    if is_out_of_memory(error):
+        return out_of_memory(spec)
+    lines = str(error).strip().splitlines()
+    text = lines[0][:MAX_LINE_CHARACTERS] if lines else "no message"
+    return JobFailure(
+        reason=FailureReason.TRAINER_FAILED,
+        message=f"the training process failed: {type(error).__name__}: {text}; its log has more",
+        metadata={"error": type(error).__name__},
+    )
+
+
+def out_of_memory(spec: JobSpec) -> JobFailure:
+    """The device has too little memory for this spec."""
+    rows, tokens = spec.hyperparameters.micro_batch_size, spec.data.max_sequence_tokens
+    return JobFailure(
+        reason=FailureReason.OUT_OF_MEMORY,
+        message=(
+            f"out of memory with {rows} rows at once of up to {tokens} tokens: reduce "
+            "hyperparameters.micro_batch_size (and raise gradient_accumulation to keep the rows "
+            "a step) or data.max_sequence_tokens"
+        ),
+        metadata={"micro_batch_size": str(rows), "max_sequence_tokens": str(tokens)},
+    )
+
+
+def is_storage_full(error: BaseException) -> bool:
+    """Whether a disk or a quota was full, at this error or at one that led to it."""
+    return any(
+        isinstance(cause, StorageFull)
+        or (isinstance(cause, OSError) and cause.errno in _FULL)
+        or any(text in str(cause).lower() for text in _FULL_TEXTS)
+        for cause in _causes(error)
+    )
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the device's memory was used up."""
+    return any(
+        isinstance(cause, MemoryError)
+        or type(cause).__name__ == "OutOfMemoryError"  # PyTorch's, which is not imported for this
+        or (
+            isinstance(cause, RuntimeError)
+            and any(text in str(cause).lower() for text in _NO_MEMORY_TEXTS)
+        )
+        for cause in _causes(error)
+    )
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        yield error
+        error = error.__cause__ or error.__context__

@@ -1,0 +1,339 @@
+"""Jobs on one host, as callers see them: create, watch, cancel, publish, delete.
+
+    create -> a task that brings the job to its end (`trainer/job_run.py`) -> events -> watchers
+
+The store decides what is true. Training processes go on when the gateway ends; the next one
+finds them again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from pathlib import Path
+
+from store.datasets import DatasetFiles
+from store.job_records import (
+    EventKind,
+    Intent,
+    JobChange,
+    JobEventRecord,
+    JobRecord,
+    JobState,
+    JobUnknown,
+    NewEvent,
+    NewJob,
+)
+from store.jobs import JobStore
+from trainer.admission import Admission
+from trainer.capabilities import Capabilities
+from trainer.device_queue import DeviceQueue
+from trainer.devices import Device
+from trainer.errors import CheckpointUnknown, GateRejected
+from trainer.estimate import Estimate, Price
+from trainer.events import Checkpoint, Publication, PublicationState
+from trainer.ingest import as_json
+from trainer.job_folder import JobFolder, deletions
+from trainer.job_log import LogPiece, log_pieces
+from trainer.job_run import JobRun
+from trainer.journal import Heartbeat, Journal
+from trainer.means import Means, Preparer
+from trainer.publisher import Publisher
+from trainer.run_folder import RunFolder
+from trainer.served import ServedModel
+from trainer.sources import with_our_sources
+from trainer.spec import JobSpec, PublishSpec
+
+logger = logging.getLogger(__name__)
+
+JOBS_FOLDER = "jobs"
+WORKER_MODULE = "trainer.worker"
+EVENTS_PER_READ = 1000
+
+
+class Jobs:
+    """All jobs of one gateway. Its owner awaits `run`, and calls `close` before the store's."""
+
+    def __init__(
+        self,
+        store: JobStore,
+        datasets: DatasetFiles,
+        preparations: Preparer,
+        publisher: Publisher,
+        served: ServedModel,
+        devices: Sequence[Device],
+        root: Path,
+        *,
+        python: str,
+        environment: Mapping[str, str],
+        price: Price | None = None,
+        max_active: int = 1000,
+        worker: Sequence[str] = ("-m", WORKER_MODULE),
+    ) -> None:
+        """`root` is the state folder. `python` is the interpreter that trains, and `worker` what
+        it runs with a run's folder; `max_active` is how many jobs may have not ended."""
+        self._store = store
+        self._folder = root / JOBS_FOLDER
+        self._journal = Journal(store, self._folder)
+        self._queue = DeviceQueue(devices)
+        self._max_active = max_active
+
+        def command(run: RunFolder) -> Sequence[str]:
+            return python, *worker, str(run.path)
+
+        self._means = Means(
+            store=store,
+            journal=self._journal,
+            datasets=datasets,
+            preparations=preparations,
+            publisher=publisher,
+            served=served,
+            queue=self._queue,
+            folder=self._folder,
+            command=command,
+            environment=with_our_sources(environment),
+        )
+        self._admission = Admission(self._means, devices, python=python, price=price)
+        self._runs: dict[str, tuple[JobRun, asyncio.Task[None]]] = {}
+        """Jobs that are brought to their end, by uid."""
+        self._driving = False
+        """Whether `run` has taken over; jobs that are created before wait for it."""
+
+    # --- the owner ----------------------------------------------------------
+
+    async def run(self) -> None:
+        """Go on with what the last process left, then bring all jobs to their end, until
+        cancelled."""
+        try:
+            await self._sweep()
+            found = []
+            for job in await self._store.active_jobs():
+                run = JobRun(job, self._means)
+                await run.recover()  # all of them, before a device is given to another
+                found.append((job, run))
+            self._driving = True
+            for job, run in found:
+                logger.info("goes on with job %s, which is %s", job.name, job.state.name)
+                self._drive(job, run)
+            for job in await self._store.active_jobs():  # created meanwhile
+                self._drive(job)
+            await asyncio.Event().wait()
+        finally:
+            await self._leave()
+
+    async def close(self) -> None:
+        """Let go of all jobs. Training processes go on."""
+        await self._leave()
+        await self._journal.close()
+
+    async def _leave(self) -> None:
+        self._driving = False
+        tasks = [task for _, task in self._runs.values()]
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks)
+
+    def _drive(self, job: JobRecord, run: JobRun | None = None) -> None:
+        """Bring a job to its end, unless that is done already or not our turn."""
+        if not self._driving or job.state.is_final or job.uid in self._runs:
+            return
+        run = run or JobRun(job, self._means)
+        task = asyncio.create_task(run.run(), name=f"job {job.name}")
+        self._runs[job.uid] = run, task
+        task.add_done_callback(lambda _: self._runs.pop(job.uid))
+
+    async def _sweep(self) -> None:
+        """Remove folders of deleted jobs that a crash left over."""
+        for folder, key in await asyncio.to_thread(lambda: list(deletions(self._folder))):
+            with contextlib.suppress(JobUnknown):
+                if (await self._store.job(*key)).uid == folder.path.name:
+                    continue  # the crash came before it was deleted
+            await asyncio.to_thread(folder.remove)
+
+    # --- before a job -------------------------------------------------------
+
+    async def capabilities(self) -> Capabilities:
+        """What can be trained here. Raises TrainingUnavailable if that cannot be told."""
+        return await self._admission.capabilities()
+
+    async def check(self, tenant: str, spec: JobSpec) -> JobSpec:
+        """The spec with every field set; keeps nothing.
+
+        Raises DatasetUnknown, TrainingUnavailable, BaseModelUnknown, InvalidSpec and
+        UnservableAdapter.
+        """
+        return await self._admission.resolve(tenant, spec)
+
+    async def estimate(self, tenant: str, spec: JobSpec) -> Estimate:
+        """What a job would cost. Raises as `check` does, and DatasetInvalid."""
+        return await self._admission.estimate(tenant, spec)
+
+    # --- jobs ---------------------------------------------------------------
+
+    async def create(
+        self,
+        tenant: str,
+        spec: JobSpec,
+        *,
+        name: str = "",
+        labels: Mapping[str, str] | None = None,
+        request_id: str = "",
+    ) -> JobRecord:
+        """A job, or the one that this request made. Returns at once.
+
+        Raises as `check` does, and what `JobStore.create_job` raises.
+        """
+        resolved = await self.check(tenant, spec)
+        state = PublicationState.PENDING if spec.publish else PublicationState.NOT_REQUESTED
+        new = NewJob(
+            tenant=tenant,
+            name=name,
+            adapter=spec.adapter,
+            dataset=spec.dataset,
+            eval_dataset=spec.data.eval_dataset,
+            spec=spec.model_dump(mode="json", exclude_defaults=True),
+            labels=dict(labels or {}),
+        )
+        return await self._journal.surely(
+            self._create(new, resolved, Publication(state=state, adapter=spec.adapter), request_id)
+        )
+
+    async def _create(
+        self, new: NewJob, resolved: JobSpec, publication: Publication, request_id: str
+    ) -> JobRecord:
+        job = await self._store.create_job(
+            new,
+            effective_spec=as_json(resolved),
+            publication=as_json(publication),
+            request_id=request_id,
+            max_active=self._max_active,
+        )
+        self._drive(job)
+        return job
+
+    def queue_position(self, job: JobRecord) -> int:
+        """From 1 for the job that is next; 0 for one that is not QUEUED."""
+        return self._queue.position(job.uid) if job.state is JobState.QUEUED else 0
+
+    async def cancel(self, tenant: str, name: str, *, discard: bool) -> JobRecord:
+        """Ask a job to end; it is CANCELLING, or has ended. Raises JobUnknown."""
+        return await self._journal.surely(self._cancel(tenant, name, discard))
+
+    async def _cancel(self, tenant: str, name: str, discard: bool) -> JobRecord:
+        intent = Intent.DISCARD if discard else Intent.CANCEL
+        job = await self._store.intend(tenant, name, intent)
+        job = await self._journal.move(job, JobChange(state=JobState.CANCELLING))
+        if (running := self._runs.get(job.uid)) is not None:
+            running[0].cancel()
+        return job
+
+    async def delete(self, tenant: str, name: str) -> None:
+        """Delete a job that has ended, with all files of it. Raises JobUnknown, JobActive."""
+        await self._journal.surely(self._delete(tenant, name))
+
+    async def _delete(self, tenant: str, name: str) -> None:
+        job = await self._store.job(tenant, name)
+        folder = self._folder_of(job)
+        if job.state.is_final:
+            await asyncio.to_thread(folder.mark_deleted, job.key)
+        await self._store.delete_job(tenant, name)
+        await asyncio.to_thread(folder.remove)
+
+    def watch(
+        self, tenant: str, name: str, *, after: int, heartbeat_s: float
+    ) -> AsyncGenerator[JobEventRecord | Heartbeat, None]:
+        """Events after a sequence number, then new ones without a gap, until the job has ended.
+        Raises JobUnknown."""
+        return self._journal.watch(tenant, name, after=after, heartbeat_s=heartbeat_s)
+
+    async def logs(
+        self, tenant: str, name: str, *, offset: int, follow: bool
+    ) -> AsyncGenerator[LogPiece, None]:
+        """What the training processes printed. Raises JobUnknown."""
+        first = await self._store.job(tenant, name)
+
+        async def look() -> JobRecord:
+            job = await self._store.job(tenant, name)
+            if job.uid != first.uid:
+                raise JobUnknown(name)
+            return job
+
+        async for piece in log_pieces(look, self._folder_of(first), offset=offset, follow=follow):
+            yield piece
+
+    # --- what a job saved ---------------------------------------------------
+
+    async def checkpoints(self, tenant: str, name: str) -> list[Checkpoint]:
+        """What a job has saved and is still there, newest first. Raises JobUnknown."""
+        job = await self._store.job(tenant, name)
+        return [checkpoint for checkpoint, _ in await self._saved(job)]
+
+    async def _saved(self, job: JobRecord) -> list[tuple[Checkpoint, Path]]:
+        told: dict[str, Checkpoint] = {}
+        after = 0
+        while events := await self._store.job_events(
+            job.tenant, job.name, after=after, limit=EVENTS_PER_READ
+        ):
+            after = events[-1].sequence
+            for event in events:
+                if event.kind is EventKind.CHECKPOINT:
+                    checkpoint = Checkpoint.model_validate(event.payload)
+                    told[checkpoint.folder] = checkpoint  # saved again: the later one is there
+        folder = self._folder_of(job)
+
+        def there() -> list[tuple[Checkpoint, Path]]:
+            found = [(checkpoint, folder.checkpoint(checkpoint)) for checkpoint in told.values()]
+            return [(checkpoint, path) for checkpoint, path in found if path is not None]
+
+        return (await asyncio.to_thread(there))[::-1]
+
+    async def publish_checkpoint(
+        self,
+        tenant: str,
+        name: str,
+        *,
+        step: int | None = None,
+        adapter: str = "",
+        publish: PublishSpec | None = None,
+    ) -> Publication:
+        """Make one checkpoint a version: the newest, if no step is named.
+
+        What could not be done is FAILED in the answer. Raises JobUnknown, CheckpointUnknown,
+        and GateRejected.
+        """
+        job = await self._store.job(tenant, name)
+        saved = await self._saved(job)
+        if step is not None:
+            saved = [entry for entry in saved if entry[0].step == step]
+        if not saved:
+            raise CheckpointUnknown(name, step)
+        checkpoint, path = saved[0]
+        effective = JobSpec.model_validate(job.effective_spec)
+        wanted = publish or effective.publish or PublishSpec()
+        publication = await self._means.publisher.publish(job, path, adapter or job.adapter, wanted)
+        if publication.adapter == job.adapter:
+            await self._journal.surely(self._note(job, publication))
+        if publication.state is PublicationState.REJECTED:
+            raise GateRejected(name, checkpoint.step, publication)
+        return publication
+
+    async def _note(self, seen: JobRecord, publication: Publication) -> None:
+        """Tell of it in a job that has ended without an adapter that serves."""
+        with contextlib.suppress(JobUnknown):
+            job = await self._store.job(seen.tenant, seen.name)
+            before = Publication.model_validate(job.publication)
+            told = as_json(publication)
+            if (
+                job.uid == seen.uid
+                and job.state.is_final
+                and before.state is not PublicationState.SERVING
+                and before != publication
+            ):
+                change = JobChange(publication=told, events=[NewEvent(EventKind.PUBLICATION, told)])
+                await self._journal.change(job, change)
+
+    def _folder_of(self, job: JobRecord) -> JobFolder:
+        return JobFolder(self._folder / job.uid)

@@ -1,0 +1,256 @@
+"""Prepared rows for whoever asks, read by a process of their own.
+
+The same question is answered from a folder; asked by several at once it is worked on once; and
+when none of them waits any more, the process that works on it is killed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import hashlib
+import json
+import logging
+import os
+import signal
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from store.job_records import DatasetRecord
+from store.upload_folder import StorageFull
+from trainer.environment import DROPPED, OFFLINE, QUIET
+from trainer.errors import DatasetInvalid, TrainingUnavailable
+from trainer.prepare_plan import EXIT_STORAGE_FULL, PreparePlan
+from trainer.prepared_folders import PreparedFolders
+from trainer.preview import Previewer, TokenPreview
+from trainer.report import DatasetReport
+from trainer.served import ServedModel
+from trainer.sources import with_our_sources
+from trainer.spec import DataSpec, OverlengthPolicy
+
+logger = logging.getLogger(__name__)
+
+REVISION = 1
+"""Of what makes rows of lines. Raise it with every change that makes other rows or reports."""
+MAX_PROCESSES = 2
+MAX_PREVIEWS = 2
+MAX_COMPLAINT_CHARACTERS = 300
+COMPLAINT_BYTES = 8192
+"""Of the end of the log, which are searched for what a process last said."""
+LOG_FILE = "log.txt"
+
+_Result = TypeVar("_Result")
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A dataset that was read."""
+
+    folder: Path
+    """Has the rows if it is valid; see `trainer/rows.py`."""
+    report: DatasetReport
+    dataset: str
+    """Its name."""
+
+    def require_valid(self) -> None:
+        """Raise DatasetInvalid unless there are rows to train on."""
+        if not self.report.valid:
+            raise DatasetInvalid(self.dataset, self.report)
+
+
+@dataclass(slots=True)
+class _Making:
+    """Work on one folder, and how many wait for it."""
+
+    task: asyncio.Task[DatasetReport]
+    waiting: int = 0
+
+
+class Preparations:
+    """Reads datasets for one model. Nobody else may use `root / "prepared"`."""
+
+    def __init__(
+        self, root: Path, served: ServedModel, environment: Mapping[str, str], *, python: str
+    ) -> None:
+        """`python` is the interpreter that reads, in that environment."""
+        self._folders = PreparedFolders(root)
+        self._served = served
+        self._python = python
+        self._environment = _environment(environment)
+        self._previewer = Previewer(served.path)
+        self._previews = asyncio.Semaphore(MAX_PREVIEWS)
+        self._processes = asyncio.Semaphore(MAX_PROCESSES)
+        self._sweeping = asyncio.Lock()
+        self._swept = False
+        self._making: dict[str, _Making] = {}
+        self._tasks = set[asyncio.Task[DatasetReport]]()
+        self._closed = False
+
+    async def prepare(self, dataset: DatasetRecord, path: Path, data: DataSpec) -> Prepared:
+        """The rows of a dataset, made unless they are there; `data` is resolved.
+
+        Cancelled, it stops the work unless somebody else waits for it, too. Raises StorageFull,
+        or TrainingUnavailable if the process that reads cannot do it.
+        """
+        name = f"{dataset.sha256}-{self._key(data)}"
+        making = self._making.get(name)
+        if making is None:
+            if self._closed:
+                raise TrainingUnavailable("the gateway is shutting down: try again later")
+            task = asyncio.create_task(self._prepared(name, path, data))
+            making = self._making[name] = _Making(task)
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+            task.add_done_callback(_let_go)
+        making.waiting += 1
+        try:
+            await asyncio.wait({making.task})
+        finally:
+            making.waiting -= 1
+            if not making.waiting:
+                if self._making.get(name) is making:
+                    del self._making[name]
+                making.task.cancel()
+                await asyncio.wait({making.task})
+        if making.task.cancelled():
+            raise TrainingUnavailable("the gateway is shutting down: try again later")
+        return Prepared(self._folders.path(name), making.task.result(), dataset.name)
+
+    async def preview(
+        self, dataset: DatasetRecord, path: Path, line: int, data: DataSpec
+    ) -> TokenPreview:
+        """One line, from 1; `data` is resolved. A line that is no row tells why, and no tokens.
+
+        Raises InvalidSpec if there is no such line, and TrainingUnavailable if the model cannot
+        be trained.
+        """
+        async with self._previews:
+            return await asyncio.to_thread(self._previewer.preview, path, line, data)
+
+    async def keep_only(self, datasets: Collection[str]) -> None:
+        """Remove what was made of all datasets but these, which are named by SHA-256."""
+        await asyncio.to_thread(self._folders.keep_only, set(datasets), set(self._making))
+
+    async def close(self) -> None:
+        """End all work."""
+        self._closed = True
+        for task in self._tasks:
+            task.cancel()
+        while self._tasks:
+            await asyncio.wait(set(self._tasks))
+
+    # --- one folder ---------------------------------------------------------
+
+    def _key(self, data: DataSpec) -> str:
+        """Names all that decides what the rows of a file are."""
+        drops = data.overlength is OverlengthPolicy.DROP
+        unused = {"reserve_tokens"} if drops else {"max_row_tokens"}
+        told = {
+            "data": data.model_dump(
+                mode="json", exclude={"eval_fraction", "eval_dataset", *unused}
+            ),
+            "fingerprints": [
+                self._served.fingerprints.get(name, "")
+                for name in ("tokenizer_sha256", "chat_template_sha256")
+            ],
+            "revision": REVISION,
+        }
+        return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:32]
+
+    async def _prepared(self, name: str, path: Path, data: DataSpec) -> DatasetReport:
+        async with self._sweeping:
+            if not self._swept:
+                await _surely(self._folders.sweep)
+                self._swept = True
+        report = await asyncio.to_thread(self._folders.find, name)
+        if report is None:
+            async with self._processes:
+                report = await self._make(name, path, data)
+        return report
+
+    async def _make(self, name: str, path: Path, data: DataSpec) -> DatasetReport:
+        plan = PreparePlan(dataset=str(path), model=str(self._served.path), data=data)
+        made = self._folders.partial(name)
+        try:
+            await _surely(self._folders.begin, made, plan)
+            await self._run(made)
+            report = await _surely(self._folders.finish, made, name)
+        finally:
+            await _surely(self._folders.drop, made)
+        await asyncio.to_thread(self._folders.prune)
+        return report
+
+    async def _run(self, made: Path) -> None:
+        """Run the process in its folder. Raises StorageFull and TrainingUnavailable."""
+        with await asyncio.to_thread((made / LOG_FILE).open, "wb") as log:
+            try:
+                process = await asyncio.create_subprocess_exec(
+                    self._python,
+                    "-m",
+                    "trainer.prepare",
+                    str(made),
+                    # Never written to: it is closed when we die, and the process ends then.
+                    stdin=asyncio.subprocess.PIPE,
+                    stdout=log,
+                    stderr=asyncio.subprocess.STDOUT,
+                    cwd=made,
+                    env=self._environment,
+                    start_new_session=True,
+                )
+            except OSError as error:
+                raise TrainingUnavailable(
+                    f"the interpreter for training does not start ({error.strerror}): "
+                    f"{self._python}"
+                ) from error
+        try:
+            code = await process.wait()
+        finally:
+            if process.returncode is None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                await process.wait()
+        if code:
+            raise await asyncio.to_thread(_failure, made / LOG_FILE, code)
+
+
+def _environment(base: Mapping[str, str]) -> dict[str, str]:
+    """What the process gets: no network, no secrets, no GPU."""
+    kept = {name: value for name, value in base.items() if name not in DROPPED}
+    return with_our_sources(kept) | {"CUDA_VISIBLE_DEVICES": "", **OFFLINE, **QUIET}
+
+
+def _failure(log: Path, code: int) -> Exception:
+    if code == EXIT_STORAGE_FULL:
+        full = StorageFull("the gateway's disk is full: have its operator free space")
+        full.__cause__ = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return full
+    with log.open("rb") as file:
+        file.seek(max(0, log.stat().st_size - COMPLAINT_BYTES))
+        said = file.read().decode(errors="replace")
+    logger.error("the process that reads a dataset ended with %d: %s", code, said)
+    lines = [line for line in said.splitlines() if line.strip()]
+    why = lines[-1].strip()[:MAX_COMPLAINT_CHARACTERS] if lines else "it said nothing"
+    if code < 0:
+        why = f"signal {-code} killed it, as the system does when memory is short"
+    return TrainingUnavailable(f"the dataset could not be read: {why}; tell the operator")
+
+
+async def _surely(work: Callable[..., _Result], *arguments: object) -> _Result:
+    """Do blocking work in a thread, and be cancelled only when it is done."""
+    task = asyncio.create_task(asyncio.to_thread(work, *arguments))
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait({task})
+        if not task.cancelled():
+            task.exception()  # nobody is left to hear of it
+        raise
+
+
+def _let_go(task: asyncio.Task[DatasetReport]) -> None:
+    """Those who waited have heard of its error; nobody may have waited."""
+    if not task.cancelled():
+        task.exception()

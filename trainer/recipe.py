@@ -1,0 +1,225 @@
+"""The recipe: load, fit, train, save. One run, in a process of its own.
+
+Imported after the backend, which imports Unsloth, which comes before transformers.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import torch
+
+from trainer import checkpoint
+from trainer.adapter_files import save_adapter
+from trainer.backends import LoadRequest, TrainingBackend
+from trainer.batches import COLUMNS, Collator, Rows, load_rows
+from trainer.capabilities import installed
+from trainer.checkpointing import CheckpointFinisher, Stopper
+from trainer.compute import computes_in_bfloat16, device_name
+from trainer.devices import CPU
+from trainer.effective import effective_spec
+from trainer.event_writer import EventWriter
+from trainer.events import FailureReason, JobFailure, Manifest, Notice
+from trainer.failure import RunFailed, out_of_memory
+from trainer.life import Life
+from trainer.memory import Memory, memory_of
+from trainer.micro_batch import fit, fitted
+from trainer.micro_batch_probe import ShapeProber
+from trainer.progress import ProgressTeller
+from trainer.reference import MAX_ROWS
+from trainer.reference_scoring import Scorer
+from trainer.run_folder import ADAPTER_FOLDER, REFERENCE_FILE, RunFolder, RunPlan, write_whole
+from trainer.training_loop import RecipeTrainer, autocast, steps_of, training_arguments
+
+REFERENCE_CANDIDATES = 4 * MAX_ROWS
+"""Rows that are looked at for those to score: few have nothing to score."""
+
+
+class Recipe:
+    """One run of a plan."""
+
+    def __init__(
+        self,
+        plan: RunPlan,
+        run: RunFolder,
+        backend: TrainingBackend,
+        life: Life,
+        events: EventWriter,
+    ) -> None:
+        self._plan = plan
+        self._run = run
+        self._backend = backend
+        self._life = life
+        self._events = events
+        self._on_gpu = plan.device != CPU
+        self._base = Path(plan.model_path)
+        self._cache = run.path / "rows"
+        self.spec = plan.spec
+        """As far as it is known what is really done."""
+
+    def train(self) -> Manifest | None:
+        """Where the adapter comes from; None: it was asked to end.
+
+        Raises RunFailed, and whatever libraries raise; what is unfinished on disk is removed.
+        """
+        self.spec, notices = effective_spec(
+            self.spec, on_gpu=self._on_gpu, bfloat16=computes_in_bfloat16(on_gpu=self._on_gpu)
+        )
+        self._tell(*notices)
+        memory = memory_of(on_gpu=self._on_gpu, limit_bytes=self._plan.memory_bytes)
+        rows = self._rows()
+        model = self._backend.load(
+            LoadRequest(spec=self.spec, model_path=self._plan.model_path, on_gpu=self._on_gpu)
+        )
+        if self.spec.hyperparameters.fit_micro_batch:
+            self._fit(model, rows, memory)
+        try:
+            return self._loop(model, rows, memory)
+        finally:
+            checkpoint.remove_unfinished(self._run)
+            shutil.rmtree(self._cache, ignore_errors=True)
+
+    def _rows(self) -> Rows:
+        data, seed = self.spec.data, self.spec.hyperparameters.seed
+        assert data.eval_fraction is not None and seed is not None
+        rows = load_rows(
+            Path(self._plan.rows),
+            Path(self._plan.eval_rows) if self._plan.eval_rows else None,
+            eval_fraction=data.eval_fraction,
+            seed=seed,
+            cache=self._cache,
+        )
+        if not len(rows.train):
+            raise RunFailed(
+                JobFailure(
+                    reason=FailureReason.DATASET_INVALID,
+                    message="no row is left to train on: lower data.eval_fraction, or add rows",
+                )
+            )
+        return rows
+
+    def _fit(self, model: Any, rows: Rows, memory: Memory) -> None:
+        if not memory.limit_bytes:  # on a CPU, where trying for all of it would starve serving
+            self._tell(
+                Notice(
+                    code="MICRO_BATCH_NOT_FITTED",
+                    message="fit_micro_batch needs a limit of memory on a CPU, and none is set: "
+                    "rows at once stay as asked for",
+                )
+            )
+            return
+        probe = ShapeProber(
+            self._backend, model, self.spec, rows, self._base, memory, on_gpu=self._on_gpu
+        )
+        asked = self.spec.hyperparameters
+        shape = fit(asked, memory.limit_bytes, memory.used_bytes(), probe)
+        if shape is None:
+            raise RunFailed(out_of_memory(self.spec))
+        self._backend.set_checkpointing(model, shape.checkpointing)
+        memory.reset_peak()
+        changed, notices = fitted(asked, shape)
+        self.spec = self.spec.model_copy(update={"hyperparameters": changed})
+        self._tell(*notices)
+
+    def _loop(self, model: Any, rows: Rows, memory: Memory) -> Manifest | None:
+        collator = Collator(self._base)
+        progress = ProgressTeller(self._events, collator.made, memory, self._begin)
+        stopper = Stopper(self._run, self._life)
+        assert self.spec.checkpoints_kept
+        finisher = CheckpointFinisher(
+            self._run,
+            self._plan.attempt,
+            self.spec.checkpoints_kept,
+            self._events,
+            progress,
+            stopper,
+            functools.partial(self._add_files, self._scorer(rows)),
+        )
+        trainer = RecipeTrainer(
+            model,
+            training_arguments(
+                self.spec,
+                self._run.checkpoints,
+                steps=steps_of(self.spec, len(rows.train)),
+                evaluates=rows.held_out is not None,
+                on_gpu=self._on_gpu,
+            ),
+            collator,
+            rows.train,
+            rows.held_out,
+            Collator(self._base),
+            lambda: stopper.stopped,
+        )
+        # In this order: a step is told before it is saved, and timing includes saving.
+        for callback in (stopper, finisher, progress):
+            trainer.add_callback(callback)
+        trainer.train()
+        if stopper.stopped:
+            return None
+        return self._manifest(rows, finisher, progress)
+
+    def _begin(self) -> None:
+        """The first step begins."""
+        self._events.loaded(self.spec)
+        self._life.loaded()
+
+    def _scorer(self, rows: Rows) -> Scorer:
+        source = rows.train if rows.held_out is None else rows.held_out
+        asked = self.spec.hyperparameters
+        assert asked.quantization and asked.precision
+        return Scorer(
+            source.select(range(min(len(source), REFERENCE_CANDIDATES))),
+            held_out=rows.held_out is not None,
+            trained_as=f"{asked.quantization.value}/{asked.precision.value}",
+            autocast=functools.partial(autocast, self.spec, on_gpu=self._on_gpu),
+        )
+
+    def _add_files(self, scorer: Scorer, folder: Path, model: Any) -> None:
+        save_adapter(
+            model,
+            folder / ADAPTER_FOLDER,
+            self.spec,
+            self._base,
+            getattr(torch, self._plan.served_dtype),
+        )
+        reference = scorer.score(model, lambda: self._life.stop_requested)
+        write_whole(folder / REFERENCE_FILE, reference)
+
+    def _manifest(
+        self, rows: Rows, finisher: CheckpointFinisher, progress: ProgressTeller
+    ) -> Manifest:
+        plan, saved = self._plan, finisher.newest
+        assert saved is not None and self.spec.hyperparameters.seed is not None
+        return Manifest(
+            dataset_sha256=plan.dataset_sha256,
+            rows_sha256=rows_sha256(rows),
+            base_model=self.spec.base_model,
+            fingerprints=plan.fingerprints,
+            versions=installed().versions,
+            seed=self.spec.hyperparameters.seed,
+            device=device_name(on_gpu=self._on_gpu),
+            files=finisher.adapter_files,
+            final_loss=progress.loss,
+            effective_spec=self.spec.model_dump(mode="json"),
+            checkpoint=saved,
+        )
+
+    def _tell(self, *notices: Notice) -> None:
+        for notice in notices:
+            self._events.notice(notice)
+
+
+def rows_sha256(rows: Rows) -> str:
+    """Of what is trained on: lengths, token ids and labels, row by row."""
+    digest = hashlib.sha256()
+    for table in rows.train.with_format("arrow").iter(batch_size=1000):
+        for name in COLUMNS:
+            column = table.column(name).combine_chunks()
+            for values in (column.value_lengths(), column.flatten()):
+                digest.update(values.cast(pa.int32()).to_numpy().tobytes())
+    return digest.hexdigest()

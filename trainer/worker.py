@@ -1,0 +1,79 @@
+"""The training process of one run.
+
+    python -m trainer.worker RUN_FOLDER
+
+Reads `plan.json`, trains, and writes `exit.json` and, last, `manifest.json`; `run_folder.py` has
+the rest of the folder. Prints to the log. Exits with 0 if it trained all, 3 if it was asked to
+end, 1 if it failed.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from pathlib import Path
+
+from trainer.backends import import_backend
+from trainer.devices import CPU
+from trainer.event_writer import EventWriter
+from trainer.failure import failure_of
+from trainer.life import Life
+from trainer.run_folder import RunExit, RunFolder, RunPlan, write_whole
+
+EXIT_OK, EXIT_FAILED, EXIT_STOPPED = 0, 1, 3
+NICENESS = 5
+"""On a CPU, which it shares with serving: serving comes first."""
+
+logger = logging.getLogger(__name__)
+
+
+def main(folder: Path) -> int:
+    """Run what the folder's plan says; the process's exit code."""
+    run = RunFolder(folder)
+    plan = RunPlan.model_validate_json(run.plan.read_bytes())
+    if plan.device == CPU:
+        os.nice(NICENESS)
+    with Life(run, lambda: _end_while_loading(run)) as life:
+        return _train(run, plan, life)
+
+
+def _train(run: RunFolder, plan: RunPlan, life: Life) -> int:
+    events = EventWriter(run.events)
+    spec = plan.spec
+    assert spec.backend is not None
+    try:
+        backend = import_backend(spec.backend)
+        from trainer.recipe import Recipe  # it imports what the backend has to come before
+
+        recipe = Recipe(plan, run, backend, life, events)
+        try:
+            manifest = recipe.train()
+        finally:
+            spec = recipe.spec
+    except Exception as error:
+        life.loaded()  # one end is told: a stop that comes now is too late
+        logger.exception("the run failed")
+        write_whole(run.exit, RunExit(ok=False, failure=failure_of(error, spec)))
+        return EXIT_FAILED
+    finally:
+        events.close()
+    if manifest is None:
+        write_whole(run.exit, RunExit(ok=False, stopped=True))
+        return EXIT_STOPPED
+    write_whole(run.exit, RunExit(ok=True))
+    write_whole(run.manifest, manifest)
+    return EXIT_OK
+
+
+def _end_while_loading(run: RunFolder) -> None:
+    """Called by another thread, so that it works in the middle of an import."""
+    write_whole(run.exit, RunExit(ok=False, stopped=True))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(EXIT_STOPPED)
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
+    sys.exit(main(Path(sys.argv[1])))
