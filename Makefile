@@ -182,6 +182,10 @@ PIRATE := $(if $(GATEWAY_MODEL)$(filter --model --model=%,$(ARGS)),,--adapter pi
 serve: $(READY) ## Run the gateway; ARGS="..." are its flags
 	@exec $(BIN)/gateway serve $(PIRATE) $(ARGS)
 
+.PHONY: demo
+demo: $(READY) ## The whole story in minutes: serve, train, canary, evaluate, promote
+	@exec $(BIN)/python examples/demo.py $(ARGS)
+
 .PHONY: bench
 bench: $(DEV_READY) ## Measure the gateway against the bare engine; many adapters; imports
 	@$(BIN)/python -m tests.bench $(ARGS)
