@@ -72,7 +72,7 @@ DEV_READY := .venv/.dev-$(BUILD)
 READY := $(if $(wildcard $(DEV_READY)),$(DEV_READY),$(SERVE_READY))
 
 FIRST_TIME = $(if $(wildcard .venv/lib/*/site-packages/torch),,$(comma) which downloads $(SIZE))
-SIZE := $(if $(filter cpu,$(BUILD)),about 1 GB,several GB)
+SIZE := $(if $(filter cpu,$(BUILD)),about 1.2 GB,several GB)
 define install
 	@echo 'setup: .venv from $(1)$(FIRST_TIME)'
 	@[[ $(BUILD) = cpu ]] || nvidia-smi -L >/dev/null 2>&1 || echo 'setup: note: nvidia-smi lists no GPU here'
@@ -187,10 +187,12 @@ demo: $(READY) ## The whole story in minutes: serve, train, canary, evaluate, pr
 	@exec $(BIN)/python examples/demo.py $(ARGS)
 
 .PHONY: bench
-bench: $(DEV_READY) ## Measure the gateway against the bare engine; many adapters; imports
+bench: $(DEV_READY) ## Measure the gateway against the bare engine; many adapters; imports; training
 	@$(BIN)/python -m tests.bench $(ARGS)
 	@$(BIN)/python -m tests.bench.adapters
 	@$(BIN)/python -m tests.bench.imports
+	@$(BIN)/python -m tests.bench.datasets
+	@$(BIN)/python -m tests.bench.training
 
 .PHONY: clean
 clean: ## Remove environments, caches and build output; state/ stays

@@ -42,16 +42,21 @@ def servability_findings(
 
 
 def _check_targets(targets: Any, shapes: ModuleShapes, findings: Findings) -> None:
-    """Each name must be that of a module, or its end, as PEFT looks for them."""
+    """Each must be the last name of a module: that is what trainers are told, and estimates
+    count by."""
     if not isinstance(targets, list | tuple):
         return  # refused above, or a regular expression, which is applied when training begins
-    missing = [
-        quote(target)
-        for target in targets
-        if not any(module == target or module.endswith(f".{target}") for module in shapes)
-    ]
+    paths = [quote(target) for target in targets if "." in target]
+    if paths:
+        findings.add(
+            "target_modules must be last names of modules, as q_proj and not self_attn.q_proj; "
+            "they are trained in every layer",
+            paths,
+        )
+    names = servable_modules(shapes)
+    missing = [quote(target) for target in targets if "." not in target and target not in names]
     if missing:
-        known = ", ".join(servable_modules(shapes)[:MAX_NAMED_MODULES])
+        known = ", ".join(names[:MAX_NAMED_MODULES])
         findings.add(
             f"target_modules has names that no servable module has, choose among {known}", missing
         )

@@ -34,7 +34,6 @@ from store.uploads import ChecksumMismatch, UploadIdReused, UploadTooLong
 from trainer.errors import DatasetInvalid, GateRejected, InvalidSpec, UnservableAdapter
 
 MAX_METADATA_CHARACTERS = 256
-MAX_VIOLATIONS = 16
 INTERNAL_MESSAGE = "internal error; report the request id to the operator"
 
 
@@ -245,9 +244,7 @@ def invalid_spec(error: InvalidSpec, call: Call) -> Answer:
 def unservable(error: UnservableAdapter, call: Call) -> Answer:
     """All findings, as far as the trailers hold them."""
     found = [Violation(finding.field, finding.text) for finding in error.findings]
-    return invalid(ErrorReason.ERROR_REASON_UNSERVABLE_ADAPTER)(
-        InvalidRequest(*found[:MAX_VIOLATIONS]), call
-    )
+    return invalid(ErrorReason.ERROR_REASON_UNSERVABLE_ADAPTER)(InvalidRequest(*found), call)
 
 
 def dataset_invalid(error: DatasetInvalid, call: Call) -> Answer:
@@ -264,8 +261,7 @@ def dataset_invalid(error: DatasetInvalid, call: Call) -> Answer:
 
 def gate_rejected(error: GateRejected, call: Call) -> Answer:
     """What the gate found."""
-    reasons = error.publication.reasons[:MAX_VIOLATIONS]
-    bad = InvalidRequest(*(Violation("step", reason) for reason in reasons))
+    bad = InvalidRequest(*(Violation("step", reason) for reason in error.publication.reasons))
     details = invalid(ErrorReason.ERROR_REASON_GATE_REJECTED)(bad, call).details
     metadata = {"job": error.job, "step": str(error.step)}
     return Answer(

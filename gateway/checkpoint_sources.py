@@ -31,8 +31,10 @@ class CheckpointSources:
     """Folder of all jobs, each by its uid."""
 
     def uri(self, checkpoint: Path) -> str:
-        """What a version says of where it comes from. Raises ValueError elsewhere."""
-        found = _BELOW_JOBS.fullmatch(checkpoint.relative_to(self.jobs).as_posix())
+        """What a version says of where it comes from. Raises ValueError elsewhere. Blocks on the
+        disk, where either path may be told through a link."""
+        below = checkpoint.resolve().relative_to(self.jobs.resolve())
+        found = _BELOW_JOBS.fullmatch(below.as_posix())
         if found is None:
             raise ValueError(f"{checkpoint} is no checkpoint of a job")
         return f"{TRAIN_SCHEME}{found[1]}/{found[2]}/{found[3]}"

@@ -15,7 +15,7 @@ from gateway.side_by_side import compared, first_prompt, print_comparison
 from gateway.terminal import as_json
 from gateway.terminal_datasets import print_dataset, print_report
 from gateway.terminal_jobs import print_estimate
-from gateway.terminal_table import bar, print_rows
+from gateway.terminal_table import bar, print_rows, printable
 from gateway.training_options import (
     AllTraffic,
     BackendName,
@@ -30,7 +30,9 @@ from lora_gateway import (
     Dataset,
     DatasetFormat,
     GatewayClient,
+    GatewayError,
     JobSpec,
+    Publication,
     PublicationState,
 )
 from lora_gateway.job_spec import JobKeywords, job_spec
@@ -40,6 +42,7 @@ from lora_gateway.v1.training_pb2 import (
     GetDatasetResponse,
     ValidateDatasetResponse,
 )
+from trainer.spec import DatasetFormat as RowFormat
 
 app = typer.Typer()
 
@@ -148,11 +151,28 @@ async def train(
     job = await follow(client, job.name, after=0, json=json)
     if job.publication.state == PublicationState.PUBLICATION_STATE_SERVING:
         asked = [ChatMessage(role="user", content=prompt)] if prompt else []
-        asked = asked or await asyncio.to_thread(first_prompt, file)
+        read_as = RowFormat[format.name] if format else None
+        asked = asked or await asyncio.to_thread(first_prompt, file, read_as)
         if asked:
-            answers = await compared(client, asked, job.publication, max_tokens)
-            print_comparison(answers, json)
+            await _compare(client, asked, job.publication, max_tokens, json)
     require_success(job)
+
+
+async def _compare(
+    client: GatewayClient,
+    asked: list[ChatMessage],
+    publication: Publication,
+    max_tokens: int,
+    json: bool,
+) -> None:
+    """Show what base and version answer. What was asked for is done, whatever comes of this."""
+    try:
+        answers = await compared(client, asked, publication, max_tokens)
+    except GatewayError as error:
+        why = printable(" ".join(str(error).split()))
+        typer.echo(f"note: base model and version were not compared: {why}", err=True)
+    else:
+        print_comparison(answers, json)
 
 
 async def _confirm() -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import sqlite3
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -55,6 +56,7 @@ from store.jobs import JobStore
 from store.records import VersionState
 from store.registry import Registry
 from store.sources import AllowedSources
+from store.upload_folder import StorageFull
 from store.uploads import UploadBusy, UploadStore
 from trainer.served import ServedModel
 
@@ -268,8 +270,10 @@ class ControlPlane:
 
     async def _sweep(self) -> None:
         while True:
-            with contextlib.suppress(OSError):
+            try:
                 await self._sweep_uploads()
+            except (OSError, sqlite3.Error, StorageFull):  # no reason to end with it
+                logger.exception("uploads cannot be swept; trying again later")
             await asyncio.sleep(SWEEP_INTERVAL_S)
 
     async def _sweep_uploads(self) -> None:

@@ -23,6 +23,7 @@ from trainer.events import (
     Notice,
     Progress,
     Publication,
+    PublicationState,
 )
 from trainer.journal import Heartbeat
 from trainer.spec import JobSpec
@@ -43,11 +44,14 @@ def decode_states(numbers: Iterable[int], wrong: list[Violation]) -> list[JobSta
 
 
 def encode_draft(request: pb.CreateJobRequest, resolved: JobSpec) -> pb.Job:
-    """A job that was only checked."""
+    """A job that was only checked. It has no state: it is none yet."""
+    publishes = resolved.publish is not None
+    state = PublicationState.PENDING if publishes else PublicationState.NOT_REQUESTED
     return pb.Job(
         name=request.job_id,
         spec=request.spec,
         effective_spec=encode(resolved, pb.JobSpec()),
+        publication=encode_publication(Publication(state=state, adapter=resolved.adapter)),
         labels=request.labels,
     )
 

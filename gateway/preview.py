@@ -16,6 +16,10 @@ from store.job_records import DatasetRecord
 from trainer.preparation import Preparations
 from trainer.spec import DataSpec
 
+MAX_COMPARED = 8
+"""Prompts of a row that the server renders: the last, which hold what is before the others. All of
+them would be the square of the row."""
+
 
 class Previews:
     """Shows rows of datasets."""
@@ -31,8 +35,9 @@ class Previews:
         """One line, from 1. Raises InvalidSpec for a line that is not there, or is no row."""
         preview = await self._preparations.preview(dataset, path, line, data)
         mismatch = ""
-        for number, (messages, prompt_ids) in enumerate(preview.prompts, start=1):
-            mismatch = mismatch or await self._mismatch(number, messages, prompt_ids)
+        answers = len(preview.bounds)
+        for index in range(max(0, answers - MAX_COMPARED), answers):
+            mismatch = mismatch or await self._mismatch(index + 1, *preview.prompt(index))
         return pb.PreviewTokensResponse(
             text=preview.text,
             tokens=[

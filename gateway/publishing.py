@@ -11,8 +11,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from pathlib import Path
+from typing import Any, TypeVar
 from weakref import WeakValueDictionary
 
 from engine.base_model import ModuleShapes
@@ -28,13 +29,15 @@ from engine.errors import (
 from engine.gate import Reason
 from engine.generation import VersionKey
 from engine.servability import servability_findings
+from engine.shelf import finished
 from gateway import metrics
-from gateway.adapter_codec import MAX_ARMS, MAX_WEIGHT
+from gateway.adapter_codec import MAX_ARMS, MAX_LABELS, MAX_WEIGHT
 from gateway.checkpoint_sources import TRAIN_SCHEME, CheckpointSources
 from gateway.publication_note import PublicationNote, read_note, write_note
 from gateway.verified_checkpoint import CheckpointUnusable, VerifiedCheckpoint, open_checkpoint
 from store.job_records import JobRecord
 from store.records import (
+    AdapterRecord,
     Arm,
     EtagMismatch,
     NewVersion,
@@ -49,6 +52,8 @@ from trainer.served import ServedModel
 from trainer.spec import GateSpec, JobSpec, LoraSpec, PublishSpec
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 TRAINER = "trainer"
 """Actor of what publications change."""
@@ -161,9 +166,10 @@ class CatalogPublisher:
         note = await asyncio.to_thread(read_note, checkpoint.path, adapter)
         if note is None:
             note = await _note(checkpoint, adapter, PublicationNote(number=1, limits=limits))
+        new = await asyncio.to_thread(self._new_version, job, checkpoint, adapter)
         while True:
             record = await self._catalog.create(
-                self._new_version(job, checkpoint, adapter),
+                new,
                 request_id=_request_id(job, checkpoint, adapter, note.number),
                 actor=TRAINER,
             )
@@ -177,13 +183,14 @@ class CatalogPublisher:
     def _new_version(
         self, job: JobRecord, checkpoint: VerifiedCheckpoint, adapter: str
     ) -> NewVersion:
+        """Blocks on the disk."""
         return NewVersion(
             tenant=job.tenant,
             adapter=adapter,
             source_uri=self._sources.uri(checkpoint.path),
             expected_sha256=checkpoint.weights_sha256,
             fingerprints=checkpoint.fingerprints,
-            labels={**job.labels, "job": job.name, "dataset": job.dataset},
+            labels=_labels(job),
             take_traffic=False,
         )
 
@@ -216,6 +223,7 @@ class CatalogPublisher:
     # --- from a version to traffic ------------------------------------------
 
     async def _serve(self, record: VersionRecord, checkpoint: Path, percent: int) -> Publication:
+        note = await asyncio.to_thread(read_note, checkpoint, record.adapter)
         try:
             given = await self._give_traffic(
                 VersionKey(record.tenant, record.adapter, record.version), percent
@@ -224,7 +232,7 @@ class CatalogPublisher:
             return _failed(record.adapter, record.version, error.reason)
         except (RegistryError, ShardUnavailable) as error:
             return _failed(record.adapter, record.version, str(error))
-        note = await asyncio.to_thread(read_note, checkpoint, record.adapter)
+        # Nothing is awaited from here on: who was given traffic is told of.
         return Publication(
             state=PublicationState.SERVING,
             adapter=record.adapter,
@@ -245,23 +253,39 @@ class CatalogPublisher:
             arms = shared(seen.arms, key.version, percent)
             if len(arms) > MAX_ARMS:
                 raise TooManyArms(key.adapter)
+            await self._catalog.load(key)  # takes a while, and may be cancelled
             try:
-                if len(arms) == 1:
-                    after = await self._catalog.promote(key, etag=seen.etag, actor=TRAINER)
-                else:
-                    after = await self._catalog.set_traffic(
-                        key.tenant,
-                        key.adapter,
-                        arms,
-                        guard=seen.guard,
-                        etag=seen.etag,
-                        actor=TRAINER,
-                    )
+                after = await _told(self._split(key, arms, seen))
                 return _percent(after.arms, key.version)
             except EtagMismatch:
                 if not tries_left:
                     raise
         raise AssertionError("the last try returns or raises")
+
+    async def _split(
+        self, key: VersionKey, arms: Sequence[Arm], seen: AdapterRecord
+    ) -> AdapterRecord:
+        if len(arms) == 1:
+            return await self._catalog.promote(key, etag=seen.etag, actor=TRAINER)
+        return await self._catalog.set_traffic(
+            key.tenant, key.adapter, arms, guard=seen.guard, etag=seen.etag, actor=TRAINER
+        )
+
+
+async def _told(change: Coroutine[Any, Any, T]) -> T:
+    """What a change made, also if we are cancelled meanwhile: it was made nevertheless, and a
+    caller who heard of a cancellation alone would take it for one that was not."""
+    made: list[T] = []
+
+    async def make() -> None:
+        made.append(await change)
+
+    try:
+        await finished(make())
+    except asyncio.CancelledError:
+        if not made:
+            raise
+    return made[0]
 
 
 class TooManyArms(RegistryError):
@@ -294,6 +318,13 @@ def _percent(arms: Sequence[Arm], version: int) -> int:
     total = sum(arm.weight for arm in arms)
     mine = sum(arm.weight for arm in arms if arm.version == version)
     return round(100 * mine / total) if total else 0
+
+
+def _labels(job: JobRecord) -> dict[str, str]:
+    """The caller's and ours; ours win, and as many of the caller's as a version can have."""
+    ours = {"job": job.name, "dataset": job.dataset}
+    theirs = [item for item in sorted(job.labels.items()) if item[0] not in ours]
+    return {**dict(theirs[: MAX_LABELS - len(ours)]), **ours}
 
 
 def _request_id(job: JobRecord, checkpoint: VerifiedCheckpoint, adapter: str, number: int) -> str:

@@ -40,6 +40,7 @@ def _run(settings: Settings, run_dir: Path) -> int:
     from store.artifacts import ArtifactDamaged
     from store.records import RegistryUnusable
     from store.state_folder import StateFolderUnusable
+    from store.upload_folder import StorageFull
 
     async def run() -> int:
         return await Host(settings, run_dir).run()
@@ -50,7 +51,7 @@ def _run(settings: Settings, run_dir: Path) -> int:
         return _refuse(error)
     except (StateFolderUnusable, RegistryUnusable, ArtifactDamaged) as error:
         return _refuse(error)
-    except (OSError, sqlite3.Error) as error:  # a full disk, most likely
+    except (OSError, sqlite3.Error, StorageFull) as error:  # a full disk, most likely
         return _refuse(error)
 
 

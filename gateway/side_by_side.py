@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import itertools
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import typer
 from rich.text import Text
 
 from gateway.terminal_table import print_rows, print_table, table, visible
 from lora_gateway import ChatMessage, GatewayClient, GenerateResponse, Publication
-
-MAX_LINE_BYTES = 16 * 1024**2
-"""Longer lines are no rows; `LineIssueCode` in the contract."""
+from trainer.formats import ASSISTANT, USER, BadLine, Turn, detect, parse
+from trainer.lines import read_lines
+from trainer.spec import DatasetFormat
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,48 +82,26 @@ def print_comparison(comparison: Comparison, as_json: bool) -> None:
         )
 
 
-def first_prompt(file: Path) -> list[ChatMessage]:
-    """What precedes the first answer in a dataset; empty if no line of it can be read so. Blocks
-    on the disk."""
+def first_prompt(file: Path, format: DatasetFormat | None = None) -> list[ChatMessage]:
+    """What precedes the first answer in a dataset, read as it is trained on; empty if no line of it
+    is a row that begins with a question. Without a format: as the lines tell. Blocks on the disk.
+    """
     try:
-        with file.open("rb") as lines:
-            while line := lines.readline(MAX_LINE_BYTES):
-                if prompt := _prompt_in(line):
+        format = format or detect(read_lines(file))
+        if format is None:
+            return []
+        for line in read_lines(file):
+            with contextlib.suppress(BadLine):
+                if prompt := _before_answer(parse(line, format)):
                     return prompt
     except OSError:
         pass  # it was read when it was uploaded, and may be gone by now
     return []
 
 
-def _prompt_in(line: bytes) -> list[ChatMessage]:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
-        return []
-    if not isinstance(row, dict):
-        return []
-    turns = row.get("messages")
-    if isinstance(turns, list):
-        return _before_answer(turns)
-    if isinstance(row.get("prompt"), str):
-        return [ChatMessage(role="user", content=row["prompt"])]
-    if isinstance(row.get("instruction"), str):
-        parts = [row["instruction"], row.get("input") or ""]
-        text = "\n\n".join(part for part in parts if isinstance(part, str) and part)
-        return [ChatMessage(role="user", content=text)]
-    return []
-
-
-def _before_answer(turns: list[Any]) -> list[ChatMessage]:
+def _before_answer(turns: Iterable[Turn]) -> list[ChatMessage]:
     """The turns before the first of the assistant's; none unless the user has the last word."""
-    messages: list[ChatMessage] = []
-    for turn in turns:
-        if not isinstance(turn, Mapping):
-            return []
-        role, content = turn.get("role"), turn.get("content")
-        if role == "assistant":
-            break
-        if not (isinstance(role, str) and isinstance(content, str)):
-            return []
-        messages.append(ChatMessage(role=role, content=content))
-    return messages if messages and messages[-1].role == "user" else []
+    asked = list(itertools.takewhile(lambda turn: turn.role != ASSISTANT, turns))
+    if not asked or asked[-1].role != USER:
+        return []
+    return [ChatMessage(role=turn.role, content=turn.content) for turn in asked]

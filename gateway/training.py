@@ -28,6 +28,7 @@ from lora_gateway.v1.inference_pb2 import ModelFingerprints
 from lora_gateway.v1.training_pb2_grpc import TrainingServicer
 from store.job_records import JobEventRecord, JobRecord
 from store.jobs import JobStore
+from trainer.data_limits import require_usable
 from trainer.datasets import Datasets
 from trainer.jobs import Jobs
 from trainer.preparation import Preparations
@@ -98,9 +99,10 @@ class Training(TrainingServicer):
         max_issues = dataset_codec.decode_max_issues(request)
         data = spec_codec.decode_data(request.data, name_violations(request.dataset, "dataset"))
         record = await self._store.dataset(_tenant(), request.dataset)
+        resolved = self._resolved(data, record.format)
         with self._admission.slot():
             prepared = await self._preparations.prepare(
-                record, self._datasets.path(record), self._resolved(data, record.format)
+                record, self._datasets.path(record), resolved
             )
         report = dataset_codec.encode_report(prepared.report, max_issues)
         return pb.ValidateDatasetResponse(report=report)
@@ -113,9 +115,11 @@ class Training(TrainingServicer):
             wrong.append(Violation("line", "is required; lines count from 1"))
         data = spec_codec.decode_data(request.data, wrong)
         record = await self._store.dataset(_tenant(), request.dataset)
-        return await self._previews.preview(
-            record, self._datasets.path(record), request.line, self._resolved(data, record.format)
-        )
+        resolved = self._resolved(data, record.format)
+        with self._admission.slot():
+            return await self._previews.preview(
+                record, self._datasets.path(record), request.line, resolved
+            )
 
     async def GetDataset(
         self, request: pb.GetDatasetRequest, context: Context
@@ -287,11 +291,13 @@ class Training(TrainingServicer):
         )
 
     def _resolved(self, data: DataSpec, format: str) -> DataSpec:
-        """As a job would use it. Raises InvalidSpec if this server could not."""
-        return data.resolved(
+        """As a job would use it. Raises InvalidSpec and UnservableAdapter if none could."""
+        resolved = data.resolved(
             max_model_len=self._served.max_model_len,
             format=DatasetFormat(format) if format else None,
         )
+        require_usable(resolved, "data", self._served.max_model_len)
+        return resolved
 
     def _encoded(self, record: JobRecord) -> pb.Job:
         return job_codec.encode_job(record, self._jobs.queue_position(record))

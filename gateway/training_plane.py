@@ -32,6 +32,7 @@ from trainer.devices import Device
 from trainer.estimate import Price
 from trainer.jobs import Jobs
 from trainer.preparation import Preparations
+from trainer.prepared_folders import PreparedFolders
 from trainer.served import ServedModel
 
 
@@ -44,7 +45,10 @@ class TrainingPlane:
         self._store = store
         self._files = DatasetFiles(state_dir)
         self._datasets = Datasets(
-            store, self._files, UploadStore(state_dir, folder=DATASET_UPLOADS)
+            store,
+            self._files,
+            UploadStore(state_dir, folder=DATASET_UPLOADS),
+            PreparedFolders(state_dir),
         )
         self.sources = CheckpointSources(state_dir / "jobs")
         """Checkpoints as sources of adapters."""

@@ -1,23 +1,23 @@
 """The stream of an upload: one header, then chunks, written as they come.
 
-Adapters and datasets are sent alike; what the header says is theirs.
+Adapters and datasets are sent alike; what the header says is theirs. An upload bears one thread at
+a time, which cannot be cancelled: each ends before a cancellation counts.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import functools
 from collections.abc import AsyncIterator, Callable
-from typing import Any, TypeVar
+from typing import Any
 
 from engine.errors import InvalidRequest, Violation
+from engine.shelf import to_its_end
 from gateway.adapter_codec import MAX_CHUNK_BYTES
 from store.uploads import Upload
 
 UPLOAD_IDLE_S = 60.0
 """How long an upload may say nothing. What came is kept."""
-
-T = TypeVar("T")
 
 
 async def read_header(requests: AsyncIterator[Any]) -> Any:
@@ -44,35 +44,22 @@ async def receive(requests: AsyncIterator[Any], open_upload: Callable[[], Upload
                 raise InvalidRequest(
                     Violation("chunk.data", f"must be 1 to {MAX_CHUNK_BYTES} bytes")
                 )
-            await _in_thread(upload.write, chunk.offset, chunk.data)
-        await _in_thread(upload.finish)
+            await to_its_end(functools.partial(upload.write, chunk.offset, chunk.data))
+        await to_its_end(upload.finish)
     finally:
-        await _in_thread(upload.close)
+        await to_its_end(upload.close)
 
 
 async def _opened(open_upload: Callable[[], Upload]) -> Upload:
     """The upload, to be closed by the caller; if it is cancelled nobody else could."""
     opened: list[Upload] = []
     try:
-        await _in_thread(lambda: opened.append(open_upload()))
+        await to_its_end(lambda: opened.append(open_upload()))
     except asyncio.CancelledError:
         for upload in opened:
-            await _in_thread(upload.close)
+            await to_its_end(upload.close)
         raise
     return opened[0]
-
-
-async def _in_thread(function: Callable[..., T], *arguments: Any) -> T:
-    """Run `function` in a thread, to its end: an upload bears one thread at a time, and a
-    thread cannot be cancelled."""
-    running = asyncio.ensure_future(asyncio.to_thread(function, *arguments))
-    try:
-        return await asyncio.shield(running)
-    except asyncio.CancelledError:
-        while not running.done():  # however often we are cancelled
-            with contextlib.suppress(asyncio.CancelledError):
-                await asyncio.wait((running,))
-        raise
 
 
 async def _next(requests: AsyncIterator[Any]) -> Any:

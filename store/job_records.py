@@ -89,6 +89,10 @@ class DatasetRecord:
     """A `trainer.spec.DatasetFormat`; empty: to be detected."""
     create_time_ns: int
 
+    def is_what(self, sha256: str, format: str) -> bool:
+        """Whether an upload of these bytes asks for this dataset; an empty format asks for any."""
+        return self.sha256 == sha256 and format in ("", self.format)
+
 
 @dataclass(frozen=True, slots=True)
 class NewJob:
@@ -208,10 +212,12 @@ class DatasetUnknown(JobStoreError, LookupError):
 
 
 class DatasetExists(JobStoreError):
-    """A dataset of that name has other bytes."""
+    """A dataset of that name has other bytes, or another format."""
 
     def __init__(self, dataset: str) -> None:
-        super().__init__(f"dataset {dataset!r} exists with other bytes; take another name")
+        super().__init__(
+            f"dataset {dataset!r} exists with other bytes or as another format; take another name"
+        )
         self.dataset = dataset
 
 

@@ -12,9 +12,11 @@ from typing import Any, Protocol, Self
 
 from store.job_records import (
     DatasetRecord,
+    EventKind,
     Intent,
     JobChange,
     JobEventRecord,
+    JobKey,
     JobRecord,
     JobState,
     NewJob,
@@ -25,8 +27,9 @@ class JobStore(Protocol):
     """Use as an async context manager, or `open` and `close` it.
 
     Each method is one transaction: what it returned survives a crash and a power cut, and what
-    it raised wrote nothing. A call that is cancelled may still take effect. The database's own
-    errors come through when the disk or the connection fails.
+    it raised wrote nothing. A call that is cancelled may still take effect. A full disk is
+    `store.upload_folder.StorageFull`; the database's own errors come through when the disk or the
+    connection fails.
     """
 
     async def open(self) -> None:
@@ -49,7 +52,8 @@ class JobStore(Protocol):
     async def add_dataset(
         self, tenant: str, name: str, *, sha256: str, size_bytes: int, format: str
     ) -> DatasetRecord:
-        """The dataset of that name, made unless it is there with the same bytes and format.
+        """The dataset of that name, made unless it is there with the same bytes, and with this
+        format if one is asked for.
 
         Raises InvalidName, or DatasetExists.
         """
@@ -88,6 +92,12 @@ class JobStore(Protocol):
         QueueFull if `max_active` jobs of all tenants have not ended.
         """
 
+    async def job_of_request(self, new: NewJob, request_id: str) -> JobRecord | None:
+        """The job that this request made, as it stands now; None: it made none.
+
+        Raises RequestIdReused as `create_job` does.
+        """
+
     async def job(self, tenant: str, name: str) -> JobRecord:
         """The job. Raises JobUnknown."""
 
@@ -106,8 +116,11 @@ class JobStore(Protocol):
         Raises ValueError if there is no job `before`.
         """
 
-    async def active_jobs(self) -> list[JobRecord]:
-        """All jobs of all tenants that have not ended, oldest first."""
+    async def active_jobs(self) -> list[JobKey]:
+        """Names all jobs of all tenants that have not ended, oldest first.
+
+        Names only: one job that cannot be read is not to hide the others.
+        """
 
     async def change_job(self, seen: JobRecord, change: JobChange) -> JobRecord:
         """Change a job that is still at the epoch that was seen, and write the events.
@@ -125,6 +138,14 @@ class JobStore(Protocol):
         JobActive."""
 
     async def job_events(
-        self, tenant: str, name: str, *, after: int, limit: int
+        self,
+        tenant: str,
+        name: str,
+        *,
+        after: int,
+        limit: int,
+        uid: str = "",
+        kinds: Collection[EventKind] = (),
     ) -> list[JobEventRecord]:
-        """The first `limit` events above that sequence number, in order. Raises JobUnknown."""
+        """The first `limit` events above that sequence number, in order, of these kinds (empty:
+        all). Raises JobUnknown, also if the job has another uid than this one (empty: any)."""

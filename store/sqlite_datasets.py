@@ -26,7 +26,7 @@ def add_dataset(db: sqlite3.Connection, new: DatasetRecord) -> DatasetRecord:
             (new.tenant, new.name, new.sha256, new.size_bytes, new.format, new.create_time_ns),
         )
         return new
-    if (found.sha256, found.format) != (new.sha256, new.format):
+    if not found.is_what(new.sha256, new.format):
         raise DatasetExists(new.name)
     return found
 

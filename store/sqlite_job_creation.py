@@ -36,7 +36,7 @@ def create_job(
     """See `JobStore.create_job`."""
     new = creation.new
     _check_names(new)
-    made = _made_before(db, creation)
+    made = made_before(db, new, creation.request_id)
     if made is not None:
         return made
     if new.name and _exists(db, new.tenant, new.name):
@@ -62,20 +62,19 @@ def _check_names(new: NewJob) -> None:
             raise InvalidName(kind, name)
 
 
-def _made_before(db: sqlite3.Connection, creation: Creation) -> JobRecord | None:
+def made_before(db: sqlite3.Connection, new: NewJob, request_id: str) -> JobRecord | None:
     """The job that the request made, if it is not the first time that it comes."""
-    new = creation.new
     # `<> ''` is what lets SQLite use the index.
     row = db.execute(
         "SELECT name, asked_name, adapter, dataset, eval_dataset, spec, labels FROM job"
         " WHERE tenant = ? AND request_id = ? AND request_id <> ''",
-        (new.tenant, creation.request_id),
+        (new.tenant, request_id),
     ).fetchone()
     if row is None:
         return None
     name, *asked_for = row
     if asked_for != _asked_for(new):
-        raise RequestIdReused(creation.request_id)
+        raise RequestIdReused(request_id)
     return read_job(db, new.tenant, name)
 
 

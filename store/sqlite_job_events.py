@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -48,13 +48,15 @@ def write_job_events(
 
 
 def list_job_events(
-    db: sqlite3.Connection, uid: str, after: int, limit: int
+    db: sqlite3.Connection, uid: str, after: int, limit: int, kinds: Collection[EventKind] = ()
 ) -> list[JobEventRecord]:
-    """The first `limit` events above the sequence number `after`."""
+    """The first `limit` events of these kinds above the sequence number `after`; see
+    `JobStore.job_events`."""
+    of_kinds = f" AND kind IN ({', '.join('?' * len(kinds))})" if kinds else ""
     rows = db.execute(
         "SELECT sequence, time_ns, attempt, kind, payload FROM job_event"
-        " WHERE uid = ? AND sequence > ? ORDER BY sequence LIMIT ?",
-        (uid, min(after, MAX_INTEGER), limit),
+        f" WHERE uid = ? AND sequence > ?{of_kinds} ORDER BY sequence LIMIT ?",
+        (uid, min(after, MAX_INTEGER), *(kind.value for kind in kinds), limit),
     )
     return [
         JobEventRecord(sequence, time_ns, attempt, EventKind(kind), json_from_column(payload))

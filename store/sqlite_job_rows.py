@@ -6,7 +6,7 @@ import sqlite3
 from collections.abc import Collection
 from typing import Any
 
-from store.job_records import Intent, JobRecord, JobState, JobUnknown
+from store.job_records import Intent, JobKey, JobRecord, JobState, JobUnknown
 from store.sqlite_columns import json_from_column, json_to_column, mapping_from_column
 from store.sqlite_events import MAX_INTEGER
 
@@ -56,10 +56,10 @@ def list_jobs(
     return [_record(row) for row in rows]
 
 
-def active_jobs(db: sqlite3.Connection) -> list[JobRecord]:
+def active_jobs(db: sqlite3.Connection) -> list[JobKey]:
     """See `JobStore.active_jobs`."""
-    rows = db.execute(f"{_SELECT} WHERE end_time_ns IS NULL ORDER BY number")
-    return [_record(row) for row in rows]
+    rows = db.execute("SELECT tenant, name FROM job WHERE end_time_ns IS NULL ORDER BY number")
+    return [JobKey(*row) for row in rows]
 
 
 def count_active_jobs(db: sqlite3.Connection) -> int:

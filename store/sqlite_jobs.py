@@ -6,6 +6,7 @@ requests that read the registry.
 
 from __future__ import annotations
 
+import sqlite3
 import time
 import uuid
 from collections.abc import Callable, Collection, Mapping
@@ -21,11 +22,14 @@ from store import (
 )
 from store.job_records import (
     DatasetRecord,
+    EventKind,
     Intent,
     JobChange,
     JobEventRecord,
+    JobKey,
     JobRecord,
     JobState,
+    JobUnknown,
     NewJob,
 )
 from store.jobs import JobStore
@@ -40,7 +44,7 @@ def _random_uid() -> str:
 class SqliteJobs(SqliteThread, JobStore):
     """One thread owns the connection. See `JobStore` for what the methods do.
 
-    sqlite3.Error comes through when the disk fails or is full.
+    StorageFull is raised when the disk is full, and sqlite3.Error when it fails.
     """
 
     def __init__(
@@ -93,6 +97,9 @@ class SqliteJobs(SqliteThread, JobStore):
             )
         )
 
+    async def job_of_request(self, new: NewJob, request_id: str) -> JobRecord | None:
+        return await self._read(lambda db: sqlite_job_creation.made_before(db, new, request_id))
+
     async def job(self, tenant: str, name: str) -> JobRecord:
         return await self._read(lambda db: sqlite_job_rows.read_job(db, tenant, name))
 
@@ -110,7 +117,7 @@ class SqliteJobs(SqliteThread, JobStore):
             lambda db: sqlite_job_rows.list_jobs(db, tenant, before, limit, states, adapter)
         )
 
-    async def active_jobs(self) -> list[JobRecord]:
+    async def active_jobs(self) -> list[JobKey]:
         return await self._read(sqlite_job_rows.active_jobs)
 
     async def change_job(self, seen: JobRecord, change: JobChange) -> JobRecord:
@@ -125,11 +132,21 @@ class SqliteJobs(SqliteThread, JobStore):
         return await self._write(lambda db: sqlite_job_changes.delete_job(db, tenant, name))
 
     async def job_events(
-        self, tenant: str, name: str, *, after: int, limit: int
+        self,
+        tenant: str,
+        name: str,
+        *,
+        after: int,
+        limit: int,
+        uid: str = "",
+        kinds: Collection[EventKind] = (),
     ) -> list[JobEventRecord]:
         check_limit(limit)
-        return await self._read(
-            lambda db: sqlite_job_events.list_job_events(
-                db, sqlite_job_rows.read_job(db, tenant, name).uid, after, limit
-            )
-        )
+
+        def read(db: sqlite3.Connection) -> list[JobEventRecord]:
+            found = sqlite_job_rows.read_job(db, tenant, name).uid
+            if uid not in ("", found):
+                raise JobUnknown(name)
+            return sqlite_job_events.list_job_events(db, found, after, limit, kinds)
+
+        return await self._read(read)

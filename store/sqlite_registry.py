@@ -40,8 +40,9 @@ T = TypeVar("T")
 class SqliteRegistry(SqliteThread, Registry):
     """One thread owns the connection. See `Registry` for what the methods do.
 
-    sqlite3.Error comes through when the disk fails or is full. The state folder's lock keeps
-    other hosts away; what else has the file open (a `sqlite3` shell) is waited for.
+    StorageFull is raised when the disk is full, and sqlite3.Error when it fails. The state
+    folder's lock keeps other hosts away; what else has the file open (a `sqlite3` shell) is
+    waited for.
     """
 
     def __init__(self, path: Path, *, clock_ns: Callable[[], int] = time.time_ns) -> None:

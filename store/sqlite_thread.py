@@ -13,8 +13,12 @@ from typing import Self, TypeVar
 from weakref import WeakValueDictionary
 
 from store.sqlite_schema import connect, reading, transaction
+from store.upload_folder import StorageFull
 
 T = TypeVar("T")
+
+_PRIMARY = 0xFF
+"""Of an error code of SQLite: what it is; the rest says where it came from."""
 
 _turns: WeakValueDictionary[Path, threading.Lock] = WeakValueDictionary()
 """Whose turn it is to write to a file, in this process. SQLite only looks now and then whether
@@ -22,8 +26,8 @@ its own lock is free, and somebody who writes all the time would keep it from th
 
 
 class SqliteThread:
-    """A base of what is kept in the file. sqlite3.Error comes through when the disk fails or is
-    full. What else has the file open is waited for."""
+    """A base of what is kept in the file. StorageFull is raised when the disk is full, and
+    sqlite3.Error comes through when it fails. What else has the file open is waited for."""
 
     def __init__(self, path: Path, clock_ns: Callable[[], int], name: str) -> None:
         """`clock_ns` tells the time of changes, in nanoseconds since the epoch; `name` is what
@@ -96,7 +100,19 @@ class SqliteThread:
         return self._connection
 
     async def _call(self, function: Callable[[], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._thread, function)
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._thread, function)
+        except sqlite3.Error as error:
+            if _is_full(error):
+                raise StorageFull(
+                    "the gateway's disk is full; go on later, or have its operator free space"
+                ) from error
+            raise
+
+
+def _is_full(error: sqlite3.Error) -> bool:
+    code: int | None = getattr(error, "sqlite_errorcode", None)  # not of all that is raised
+    return code is not None and code & _PRIMARY == sqlite3.SQLITE_FULL
 
 
 def check_limit(limit: int) -> None:

@@ -7,7 +7,9 @@ from collections.abc import Iterator, Sequence
 
 from store.job_records import DatasetRecord, JobRecord, JobState
 from trainer.capabilities import Capabilities, Installed, installed_for
+from trainer.data_limits import contradictions, unservable
 from trainer.devices import Device, DeviceFacts, device_facts
+from trainer.environment import without_secrets
 from trainer.errors import (
     BaseModelUnknown,
     InvalidSpec,
@@ -23,6 +25,7 @@ from trainer.spec import DatasetFormat, JobSpec, Precision
 
 MEASURED_RUNS = 20
 """Newest jobs that are looked at for how fast such jobs run here."""
+DATA_PATH = "spec.data"
 
 
 class Admission:
@@ -61,7 +64,8 @@ class Admission:
             raise BaseModelUnknown(spec.base_model, served.name)
         if not self._devices:
             raise TrainingUnavailable(
-                "this gateway has no device to train on: its operator names one with --train-device"
+                "this gateway has no device to train on: its operator names one with "
+                "--training-devices"
             )
         backends = (await self._look_up()).backends
         if spec.backend is not None and spec.backend not in backends:
@@ -75,18 +79,18 @@ class Admission:
                 "interpreter that has it"
             )
         dataset = await self._dataset(tenant, spec)
+        on_gpu, bfloat16 = self._devices[0].on_gpu, await self._has_bfloat16()
         resolved = spec.resolved(
             base_model=served.name,
             max_model_len=served.max_model_len,
             served_dtype=served.dtype,
             backend=backends[0],
-            on_gpu=self._devices[0].on_gpu,
+            on_gpu=on_gpu,
+            bfloat16=bfloat16,
             format=DatasetFormat(dataset.format) if dataset.format else None,
         )
-        wrong = list(_wrong(resolved))
-        if resolved.hyperparameters.precision is Precision.BFLOAT16 and (
-            not await self._has_bfloat16()
-        ):
+        wrong = list(contradictions(resolved.data, DATA_PATH))
+        if resolved.hyperparameters.precision is Precision.BFLOAT16 and not bfloat16:
             wrong.append(
                 Finding("spec.hyperparameters.precision", "no bfloat16 here: take FLOAT32")
             )
@@ -99,12 +103,10 @@ class Admission:
     def _unservable(self, resolved: JobSpec) -> Iterator[Finding]:
         found = self._means.publisher.findings(resolved)
         yield from found
-        field, limit = "spec.data.max_sequence_tokens", self._means.served.max_model_len
-        tokens = resolved.data.max_sequence_tokens or 0
-        if tokens > limit and field not in {finding.field for finding in found}:
-            yield Finding(
-                field, f"rows of {tokens} tokens cannot be served, but {limit} at most: lower it"
-            )
+        told = {finding.field for finding in found}
+        for finding in unservable(resolved.data, DATA_PATH, self._means.served.max_model_len):
+            if finding.field not in told:
+                yield finding
 
     async def _dataset(self, tenant: str, spec: JobSpec) -> DatasetRecord:
         dataset = await self._means.store.dataset(tenant, spec.dataset)
@@ -142,7 +144,9 @@ class Admission:
     async def _look_up(self) -> Installed:
         async with self._asking:
             if self._installed is None:
-                self._installed = await installed_for(self._python, self._means.environment)
+                self._installed = await installed_for(
+                    self._python, without_secrets(self._means.environment)
+                )
             return self._installed
 
     async def _has_bfloat16(self) -> bool:
@@ -153,22 +157,6 @@ class Admission:
 
     async def _facts(self, device: Device) -> DeviceFacts:
         return await asyncio.to_thread(device_facts, device)
-
-
-def _wrong(spec: JobSpec) -> Iterator[Finding]:
-    """What limits of a field depend on others, which have their defaults by now."""
-    data = spec.data
-    assert data.max_sequence_tokens and data.max_row_tokens and data.reserve_tokens is not None
-    if data.max_row_tokens > data.max_sequence_tokens:
-        yield Finding(
-            "spec.data.max_row_tokens",
-            f"is above max_sequence_tokens ({data.max_sequence_tokens}): lower it",
-        )
-    if data.reserve_tokens >= data.max_sequence_tokens:
-        yield Finding(
-            "spec.data.reserve_tokens",
-            f"leaves nothing of max_sequence_tokens ({data.max_sequence_tokens}): lower it",
-        )
 
 
 def _alike(job: JobRecord, spec: JobSpec) -> bool:

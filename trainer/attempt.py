@@ -22,6 +22,8 @@ LOADING_STOP_S = 1.0
 """How long a process gets that has not done a step: there is nothing to save."""
 TERMINATE_S = 5.0
 """How long a process gets that was asked to end at once."""
+END_TRIES = 20
+"""How often a process is killed that does not end: a minute, where it waits for a disk."""
 
 
 class Attempt:
@@ -88,8 +90,7 @@ class Attempt:
 
     def _look(self, offset: int) -> tuple[bool, list[Line]]:
         # Before the read: what a process that has ended wrote is there.
-        process = self._process
-        self._busy = process is not None and process.running and not said_last(self._run)
+        self._busy = self._goes_on()
         return self._busy, read_events(self._run.events, offset)
 
     async def stop(self, job: JobRecord, *, save: bool, grace_s: float) -> JobRecord:
@@ -117,11 +118,23 @@ class Attempt:
         return job
 
     async def end(self) -> None:
-        """Leave no process of it."""
+        """Leave no process of it; one that cannot be killed is given up after a while."""
         if self._starting is not None:
             await asyncio.wait({self._starting})
-        while not await asyncio.to_thread(kill_all, self._run):
+        for _ in range(END_TRIES):
+            if await asyncio.to_thread(kill_all, self._run):
+                return
             logger.error("%s: a process of it does not end; trying again", self._run.path)
+        # The kernel holds it. The job is not to hang on it for ever, nor those that wait.
+        logger.error("%s: a process of it is left over: end it by hand", self._run.path)
+
+    async def goes_on(self) -> bool:
+        """Whether its process runs, and has more to say."""
+        return await asyncio.to_thread(self._goes_on)
+
+    def _goes_on(self) -> bool:
+        process = self._process
+        return process is not None and process.running and not said_last(self._run)
 
     async def ending(self) -> Ending:
         """How it ended."""

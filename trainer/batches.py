@@ -14,10 +14,9 @@ import pyarrow.compute as pc
 from transformers import AutoTokenizer, DataCollatorForSeq2Seq
 
 from trainer.rows import IGNORED, ROWS_FILE
+from trainer.steps import held_out_count
 
 COLUMNS = ("input_ids", "labels")
-FEWEST_ROWS_SPLIT = 20
-"""From so many on, a fraction that is too small for a row holds out one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,14 +93,6 @@ def load_rows(
         return Rows(rows, None)
     order = np.random.default_rng(seed).permutation(len(rows))
     return Rows(rows.select(np.sort(order[count:])), rows.select(np.sort(order[:count])))
-
-
-def held_out_count(rows: int, fraction: float) -> int:
-    """How many rows a fraction holds out."""
-    count = int(rows * fraction)
-    if fraction and not count and rows >= FEWEST_ROWS_SPLIT:
-        return 1
-    return count
 
 
 def trained_tokens(labels: Sequence[int]) -> int:

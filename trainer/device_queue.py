@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from trainer.devices import Device
+from trainer.errors import TrainingUnavailable
 
 
 @dataclass(order=True, slots=True)
@@ -26,7 +27,15 @@ class DeviceQueue:
         self._waiting: list[_Waiter] = []
 
     async def take(self, uid: str, since_ns: int) -> Device:
-        """A device for this job, once it is free and no job since earlier waits for it."""
+        """A device for this job, once it is free and no job since earlier waits for it.
+
+        Raises TrainingUnavailable where there is none that could become free.
+        """
+        if not self._free and not self._held:
+            raise TrainingUnavailable(
+                "this gateway has no device to train on any more: its operator names one with "
+                "--training-devices; create the job again then"
+            )
         waiter = _Waiter(since_ns, uid, asyncio.get_running_loop().create_future())
         bisect.insort(self._waiting, waiter)
         self._hand_out()

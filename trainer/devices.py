@@ -19,6 +19,9 @@ QUERY_S = 10.0
 FIRST_BFLOAT16 = 8.0
 """CUDA's compute capability from which on a GPU computes in bfloat16 (Ampere)."""
 KIB, MIB = 1024, 1024**2
+CPU_INFO = Path("/proc/cpuinfo")
+CPU_BFLOAT16_FLAGS = {"amx_bf16", "avx512_bf16", "bf16"}
+"""Of x86 and Arm. Without one, PyTorch computes in bfloat16 many times slower than in float32."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +55,21 @@ def device_facts(device: Device) -> DeviceFacts:
 def _cpu_facts(meminfo: Path = Path("/proc/meminfo")) -> DeviceFacts:
     fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
     total, available = (int(fields[name].split()[0]) * KIB for name in ("MemTotal", "MemAvailable"))
-    # PyTorch computes in bfloat16 on every CPU, if slowly on one without instructions for it.
-    return DeviceFacts(total, min(total, available), bfloat16=True)
+    return DeviceFacts(total, min(total, available), bfloat16=cpu_computes_in_bfloat16())
+
+
+def cpu_computes_in_bfloat16() -> bool:
+    """Whether the CPU has instructions for it."""
+    return bool(CPU_BFLOAT16_FLAGS & set(cpu_field("flags", "Features").split()))
+
+
+def cpu_field(*names: str) -> str:
+    """The first field of these names that the system tells of the CPU; empty: it has none."""
+    for line in CPU_INFO.read_text().splitlines():
+        name, _, value = line.partition(":")
+        if name.strip() in names:
+            return value.strip()
+    return ""
 
 
 def _gpu_facts(device: Device) -> DeviceFacts:

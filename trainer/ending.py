@@ -14,6 +14,7 @@ from pydantic import ValidationError
 
 from trainer.checkpoint import CheckpointCorrupt, verified_manifest
 from trainer.events import FailureReason, JobFailure, Manifest
+from trainer.failure import says_storage_full, storage_full
 from trainer.run_folder import RunExit, RunFolder
 
 LOG_TAIL_BYTES = 4096
@@ -93,6 +94,8 @@ def _death(exit_code: int | None) -> str:
 
 def _lost(run: RunFolder, what: str) -> Lost:
     last = last_line(run)
+    if says_storage_full(last):  # too full for the process to write down why it failed
+        return Lost(storage_full({"attempt": run.path.name}))
     message = f"{what}; GetJobLogs has what it printed, and CreateJob starts it again"
     if last:
         message += f". Its last line: {last}"

@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from fnmatch import fnmatchcase
 
 from trainer.devices import CPU
 from trainer.run_folder import RunFolder
 
-DROPPED = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
-"""Secrets that a process does not need that reads files alone."""
+SECRETS = (
+    "AWS_*",
+    "AZURE_*",
+    "GOOGLE_*",
+    "GATEWAY_*",
+    "*_KEY",
+    "*_KEY_ID",
+    "*_PASSWORD*",
+    "*_SECRET*",
+    "*_TOKEN",
+)
+"""Names of what a process does not need that reads files alone, and must not tell."""
 OFFLINE = {
     "HF_DATASETS_OFFLINE": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
@@ -31,11 +42,20 @@ QUIET = {
 }
 
 
+def without_secrets(base: Mapping[str, str]) -> dict[str, str]:
+    """An environment without what its names say is secret, and without the gateway's settings."""
+    return {
+        name: value
+        for name, value in base.items()
+        if not any(fnmatchcase(name.upper(), pattern) for pattern in SECRETS)
+    }
+
+
 def training_environment(
     base: Mapping[str, str], run: RunFolder, device: str = CPU
 ) -> dict[str, str]:
     """What a training process gets; `device` is `cpu` or the number of a GPU."""
-    environment = {name: value for name, value in base.items() if name not in DROPPED}
+    environment = without_secrets(base)
     return {
         **environment,
         **(BESIDE_OTHERS if device == CPU else {}),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -17,6 +16,7 @@ from trainer.spec import (
     Precision,
     Quantization,
 )
+from trainer.steps import epochs_of, steps_of, training_rows
 
 NF4_BYTES = 4.5 / 8
 """Of a weight in 4 bits, with its share of the scales."""
@@ -91,7 +91,7 @@ def estimate(
 ) -> Estimate:
     """Of a resolved spec; `report` is its dataset's, and `served_width_bytes` a saved weight's."""
     rows = training_rows(spec, report.rows)
-    steps, epochs = steps_and_epochs(spec, rows)
+    steps, epochs = steps_of(spec, rows), epochs_of(spec, rows)
     tokens = round(report.tokens.total * (rows / report.rows if report.rows else 0) * epochs)
     assert spec.lora.r is not None
     adapter = size.adapter_parameters(spec.lora.r, spec.lora.target_modules)
@@ -121,26 +121,6 @@ def estimate(
             _warnings(spec, report, steps, memory_bytes, facts, max_model_len, max_lora_rank)
         ),
     )
-
-
-def training_rows(spec: JobSpec, rows: int) -> int:
-    """Rows that are left to train on, as the training process splits them."""
-    data = spec.data
-    if data.eval_dataset or not data.eval_fraction:
-        return rows
-    held_out = int(rows * data.eval_fraction)
-    return rows - (max(1, held_out) if rows >= 20 else held_out)
-
-
-def steps_and_epochs(spec: JobSpec, rows: int) -> tuple[int, float]:
-    """Steps of a run over so many rows, and how often it sees them."""
-    asked = spec.hyperparameters
-    assert asked.micro_batch_size and asked.gradient_accumulation and asked.epochs
-    batches = math.ceil(rows / asked.micro_batch_size)
-    an_epoch = max(1, math.ceil(batches / asked.gradient_accumulation))
-    if asked.max_steps is None:
-        return math.ceil(an_epoch * asked.epochs), asked.epochs
-    return asked.max_steps, asked.max_steps / an_epoch
 
 
 def _checkpointing(spec: JobSpec) -> GradientCheckpointing:

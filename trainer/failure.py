@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from store.upload_folder import StorageFull
 from trainer.events import FailureReason, JobFailure
@@ -44,13 +44,7 @@ def failure_of(error: BaseException, spec: JobSpec) -> JobFailure:
     if isinstance(error, RunFailed):
         return error.failure
     if is_storage_full(error):
-        return JobFailure(
-            reason=FailureReason.STORAGE_FULL,
-            message=(
-                "the disk with the gateway's state is full: free some space (delete jobs that "
-                "have ended, or lower spec.checkpoints_kept) and create the job again"
-            ),
-        )
+        return storage_full()
     if is_out_of_memory(error):
         return out_of_memory(spec)
     lines = str(error).strip().splitlines()
@@ -59,6 +53,18 @@ def failure_of(error: BaseException, spec: JobSpec) -> JobFailure:
         reason=FailureReason.TRAINER_FAILED,
         message=f"the training process failed: {type(error).__name__}: {text}; its log has more",
         metadata={"error": type(error).__name__},
+    )
+
+
+def storage_full(metadata: Mapping[str, str] | None = None) -> JobFailure:
+    """The disk has no room for what the run saves."""
+    return JobFailure(
+        reason=FailureReason.STORAGE_FULL,
+        message=(
+            "the disk with the gateway's state is full: free some space (delete jobs that "
+            "have ended, or lower spec.checkpoints_kept) and create the job again"
+        ),
+        metadata=dict(metadata or {}),
     )
 
 
@@ -81,9 +87,14 @@ def is_storage_full(error: BaseException) -> bool:
     return any(
         isinstance(cause, StorageFull)
         or (isinstance(cause, OSError) and cause.errno in _FULL)
-        or any(text in str(cause).lower() for text in _FULL_TEXTS)
+        or says_storage_full(str(cause))
         for cause in _causes(error)
     )
+
+
+def says_storage_full(text: str) -> bool:
+    """Whether the text of an error is that of a full disk or quota."""
+    return any(sign in text.lower() for sign in _FULL_TEXTS)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -11,6 +11,7 @@ somebody else changed it. So a step may be cut off anywhere, and done again by t
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from store.job_records import (
     JobChanged,
     JobRecord,
     JobState,
+    JobUnknown,
     NewEvent,
 )
 from trainer.attempt import Attempt
@@ -35,7 +37,7 @@ from trainer.events import (
     Publication,
     PublicationState,
 )
-from trainer.failure import failure_of, is_storage_full
+from trainer.failure import is_storage_full, storage_full
 from trainer.ingest import as_json
 from trainer.job_folder import JobFolder
 from trainer.journal import HAS_PROCESS
@@ -46,7 +48,8 @@ logger = logging.getLogger(__name__)
 
 TRIES = 10
 """How often a step is tried that fails for a reason that nobody foresaw."""
-RETRY_S = 1.0
+RETRY_S, MAX_RETRY_S = 1.0, 30.0
+"""After which it is tried again: twice as long each time, up to the most."""
 
 PUBLISHED = {PublicationState.SERVING, PublicationState.REJECTED, PublicationState.FAILED}
 
@@ -84,45 +87,70 @@ class JobRun:
         """Bring the job to its end."""
         troubles = 0
         try:
+            # First: it may have been cancelled when nobody could say so to us.
+            self._job = await self._look()
             while not self._job.state.is_final:
-                epoch = self._job.epoch
+                before = _how_far(self._job)
+                error: Exception | None = None
                 try:
                     await self._advance()
                 except JobChanged:
                     pass
-                except Exception as error:
-                    troubles += 1
-                    await self._trouble(error, last=troubles >= TRIES)
+                except Exception as raised:
+                    error = raised
                 self._job = await self._look()
-                troubles = troubles if self._job.epoch == epoch else 0
+                if _how_far(self._job) != before:
+                    troubles = 0
+                if error is not None and not self._job.state.is_final:
+                    troubles += 1
+                    await self._trouble(error, troubles)
+                    self._job = await self._look()  # it may have been cancelled meanwhile
+        except JobUnknown:
+            logger.info("job %s was deleted", self._job.name)
+            return
         finally:
             self._let_go()
         logger.info("job %s is %s", self._job.name, self._job.state.name)
 
     async def _look(self) -> JobRecord:
+        """The job as it stands. Raises JobUnknown if it was deleted; its name may be another's."""
         while True:
             try:
-                return await self._means.store.job(self._job.tenant, self._job.name)
+                found = await self._means.store.job(self._job.tenant, self._job.name)
+            except JobUnknown:
+                raise
             except Exception:
                 logger.exception("job %s cannot be read; trying again", self._job.name)
                 await asyncio.sleep(RETRY_S)
+            else:
+                if found.uid != self._job.uid:
+                    raise JobUnknown(self._job.name)
+                return found
 
-    async def _trouble(self, error: Exception, *, last: bool) -> None:
-        """A step failed. Nobody else may be hurt by it, and the job has to end some time."""
+    async def _trouble(self, error: Exception, troubles: int) -> None:
+        """A step failed, so many times in a row. Nobody else may be hurt by it, and the job has
+        to end some time; but a process that trains is not ended because we fail to follow it."""
         logger.error("job %s, %s", self._job.name, self._job.state.name, exc_info=error)
         full = is_storage_full(error)
-        if self._job.state is JobState.CANCELLING or not (full or last):
-            await asyncio.sleep(RETRY_S)
+        if self._job.state is JobState.CANCELLING or not (full or troubles >= TRIES):
+            await self._pause(troubles)
             return
-        failure = _unforeseen(self._job, error)
-        if full:
-            failure = failure_of(error, self._effective_spec)
         try:
+            if self._attempt is not None and await self._attempt.goes_on():
+                await self._pause(troubles)
+                return
             await self._end_attempt()
-            await self._fail(failure)
+            await self._fail(storage_full() if full else _unforeseen(self._job, error))
         except Exception:
             logger.exception("job %s cannot be failed; trying again", self._job.name)
-            await asyncio.sleep(RETRY_S)
+            await self._pause(troubles)
+
+    async def _pause(self, troubles: int) -> None:
+        """Before the next try; a cancel is heard at once."""
+        pause_s = min(RETRY_S * 2 ** min(troubles - 1, 10), MAX_RETRY_S)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._cancelled.wait(), pause_s)
+        self._cancelled.clear()
 
     async def _advance(self) -> None:
         """One step. Cut off when the job is cancelled."""
@@ -180,7 +208,11 @@ class JobRun:
     async def _begin(self) -> None:
         """Wait for a device, and start an attempt on it."""
         if self._device is None:
-            self._device = await self._means.queue.take(self._job.uid, self._job.create_time_ns)
+            try:
+                self._device = await self._means.queue.take(self._job.uid, self._job.create_time_ns)
+            except TrainingError as error:
+                await self._fail(_refused(self._job, error))
+                return
         number = self._job.attempt + 1
         await self._change(JobChange(state=JobState.PREPARING, attempt=number))
 
@@ -212,6 +244,7 @@ class JobRun:
             try:
                 await self._start(self._attempt)
             except TrainingError as error:
+                await self._end_attempt()
                 await self._fail(_refused(self._job, error))
                 return
         self._job = await self._attempt.follow(self._job)
@@ -313,6 +346,11 @@ class JobRun:
 
     def _new_attempt(self, number: int) -> Attempt:
         return Attempt(self._folder.run(number), self._means.journal)
+
+
+def _how_far(job: JobRecord) -> tuple[int, int]:
+    """What grows while a job gets on. Not its events: a step tells some before it fails."""
+    return job.epoch, job.ingested_bytes
 
 
 def _refused(job: JobRecord, error: TrainingError) -> JobFailure:

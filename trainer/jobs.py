@@ -51,6 +51,8 @@ logger = logging.getLogger(__name__)
 JOBS_FOLDER = "jobs"
 WORKER_MODULE = "trainer.worker"
 EVENTS_PER_READ = 1000
+RETRY_S = 30.0
+"""After which is looked again at jobs that could not be gone on with."""
 
 
 class Jobs:
@@ -107,21 +109,49 @@ class Jobs:
         """Go on with what the last process left, then bring all jobs to their end, until
         cancelled."""
         try:
-            await self._sweep()
-            found = []
-            for job in await self._store.active_jobs():
-                run = JobRun(job, self._means)
-                await run.recover()  # all of them, before a device is given to another
-                found.append((job, run))
-            self._driving = True
-            for job, run in found:
-                logger.info("goes on with job %s, which is %s", job.name, job.state.name)
-                self._drive(job, run)
-            for job in await self._store.active_jobs():  # created meanwhile
-                self._drive(job)
-            await asyncio.Event().wait()
+            try:
+                await self._sweep()
+            except Exception:  # the next start sweeps again
+                logger.exception("what is left of deleted jobs cannot be swept")
+            await self._go_on()
+            while True:
+                well = await self._go_on()  # created meanwhile, or not readable before
+                await (asyncio.Event().wait() if well else asyncio.sleep(RETRY_S))
         finally:
             await self._leave()
+
+    async def _go_on(self) -> bool:
+        """Drive all jobs that have not ended; whether that is all done.
+
+        What is wrong with one job, or with the store for a while, is no reason to end the
+        gateway.
+        """
+        try:
+            keys = await self._store.active_jobs()
+        except Exception:
+            logger.exception("jobs cannot be listed; trying again")
+            return False
+        found: list[tuple[JobRecord, JobRun]] = []
+        well = True
+        for key in keys:
+            try:
+                job = await self._store.job(*key)
+                if job.uid in self._runs or job.state.is_final:
+                    continue
+                run = JobRun(job, self._means)
+                await run.recover()  # all of them, before a device is given to another
+            except JobUnknown:
+                continue
+            except Exception:
+                logger.exception("job %s cannot be gone on with; trying again", key.job)
+                well = False
+            else:
+                found.append((job, run))
+        self._driving = True
+        for job, run in found:
+            logger.info("goes on with job %s, which is %s", job.name, job.state.name)
+            self._drive(job, run)
+        return well
 
     async def close(self) -> None:
         """Let go of all jobs. Training processes go on."""
@@ -143,14 +173,24 @@ class Jobs:
         run = run or JobRun(job, self._means)
         task = asyncio.create_task(run.run(), name=f"job {job.name}")
         self._runs[job.uid] = run, task
-        task.add_done_callback(lambda _: self._runs.pop(job.uid))
+        task.add_done_callback(lambda task: self._ended(job, task))
+
+    def _ended(self, job: JobRecord, task: asyncio.Task[None]) -> None:
+        del self._runs[job.uid]
+        if not task.cancelled() and (error := task.exception()) is not None:
+            logger.error("job %s is left alone until the next start", job.name, exc_info=error)
 
     async def _sweep(self) -> None:
         """Remove folders of deleted jobs that a crash left over."""
         for folder, key in await asyncio.to_thread(lambda: list(deletions(self._folder))):
-            with contextlib.suppress(JobUnknown):
+            try:
                 if (await self._store.job(*key)).uid == folder.path.name:
                     continue  # the crash came before it was deleted
+            except JobUnknown:
+                pass
+            except Exception:
+                logger.exception("whether job %s is deleted cannot be told", key.job)
+                continue
             await asyncio.to_thread(folder.remove)
 
     # --- before a job -------------------------------------------------------
@@ -186,7 +226,6 @@ class Jobs:
 
         Raises as `check` does, and what `JobStore.create_job` raises.
         """
-        resolved = await self.check(tenant, spec)
         state = PublicationState.PENDING if spec.publish else PublicationState.NOT_REQUESTED
         new = NewJob(
             tenant=tenant,
@@ -197,6 +236,11 @@ class Jobs:
             spec=spec.model_dump(mode="json", exclude_defaults=True),
             labels=dict(labels or {}),
         )
+        if request_id:  # first: what it needed to be made may be gone since
+            made = await self._store.job_of_request(new, request_id)
+            if made is not None:
+                return made
+        resolved = await self.check(tenant, spec)
         return await self._journal.surely(
             self._create(new, resolved, Publication(state=state, adapter=spec.adapter), request_id)
         )
@@ -236,11 +280,13 @@ class Jobs:
 
     async def _delete(self, tenant: str, name: str) -> None:
         job = await self._store.job(tenant, name)
-        folder = self._folder_of(job)
-        if job.state.is_final:
-            await asyncio.to_thread(folder.mark_deleted, job.key)
-        await self._store.delete_job(tenant, name)
-        await asyncio.to_thread(folder.remove)
+        # Whatever state it is in: it may end before it is deleted. The mark alone deletes nothing.
+        try:
+            await asyncio.to_thread(self._folder_of(job).mark_deleted, job.key)
+        except OSError:  # a full disk is no reason to keep what fills it
+            logger.exception("job %s cannot be marked as deleted", name)
+        deleted = await self._store.delete_job(tenant, name)
+        await asyncio.to_thread(self._folder_of(deleted).remove)
 
     def watch(
         self, tenant: str, name: str, *, after: int, heartbeat_s: float
@@ -275,13 +321,17 @@ class Jobs:
         told: dict[str, Checkpoint] = {}
         after = 0
         while events := await self._store.job_events(
-            job.tenant, job.name, after=after, limit=EVENTS_PER_READ
+            job.tenant,
+            job.name,
+            after=after,
+            limit=EVENTS_PER_READ,
+            uid=job.uid,
+            kinds=[EventKind.CHECKPOINT],
         ):
             after = events[-1].sequence
             for event in events:
-                if event.kind is EventKind.CHECKPOINT:
-                    checkpoint = Checkpoint.model_validate(event.payload)
-                    told[checkpoint.folder] = checkpoint  # saved again: the later one is there
+                checkpoint = Checkpoint.model_validate(event.payload)
+                told[checkpoint.folder] = checkpoint  # saved again: the later one is there
         folder = self._folder_of(job)
 
         def there() -> list[tuple[Checkpoint, Path]]:

@@ -109,8 +109,10 @@ class Journal:
                 raise JobUnknown(name)
             while after < job.last_sequence:
                 events = await self._store.job_events(
-                    tenant, name, after=after, limit=EVENTS_PER_READ
+                    tenant, name, after=after, limit=EVENTS_PER_READ, uid=uid
                 )
+                if not events:
+                    break  # look again what became of the job
                 for event in events:
                     after = event.sequence
                     yield event

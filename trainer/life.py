@@ -77,12 +77,13 @@ class Life:
     def _watch(self) -> None:
         touched_s = float("-inf")
         signals = 0
+        poll = select.poll()  # select takes no file with a number above 1023
+        poll.register(self._signals, select.POLLIN)
         while not self._closing.is_set():
             if time.monotonic() - touched_s >= ALIVE_PERIOD_S:
                 self._touch()
                 touched_s = time.monotonic()
-            readable, _, _ = select.select([self._signals], [], [], POLL_PERIOD_S)
-            if readable:
+            if poll.poll(POLL_PERIOD_S * 1000):
                 signals += self._signals.recv(64).count(signal.SIGTERM)
             if signals > 1:
                 os._exit(EXIT_KILLED)

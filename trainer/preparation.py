@@ -14,14 +14,13 @@ import json
 import logging
 import os
 import signal
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 from store.job_records import DatasetRecord
 from store.upload_folder import StorageFull
-from trainer.environment import DROPPED, OFFLINE, QUIET
+from trainer.environment import OFFLINE, QUIET, without_secrets
 from trainer.errors import DatasetInvalid, TrainingUnavailable
 from trainer.prepare_plan import EXIT_STORAGE_FULL, PreparePlan
 from trainer.prepared_folders import PreparedFolders
@@ -30,6 +29,7 @@ from trainer.report import DatasetReport
 from trainer.served import ServedModel
 from trainer.sources import with_our_sources
 from trainer.spec import DataSpec, OverlengthPolicy
+from trainer.to_the_end import to_the_end
 
 logger = logging.getLogger(__name__)
 
@@ -41,8 +41,6 @@ MAX_COMPLAINT_CHARACTERS = 300
 COMPLAINT_BYTES = 8192
 """Of the end of the log, which are searched for what a process last said."""
 LOG_FILE = "log.txt"
-
-_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +78,7 @@ class Preparations:
         self._served = served
         self._python = python
         self._environment = _environment(environment)
-        self._previewer = Previewer(served.path)
+        self._previewer = Previewer(served.path, max_tokens=served.max_model_len)
         self._previews = asyncio.Semaphore(MAX_PREVIEWS)
         self._processes = asyncio.Semaphore(MAX_PROCESSES)
         self._sweeping = asyncio.Lock()
@@ -124,15 +122,11 @@ class Preparations:
     ) -> TokenPreview:
         """One line, from 1; `data` is resolved. A line that is no row tells why, and no tokens.
 
-        Raises InvalidSpec if there is no such line, and TrainingUnavailable if the model cannot
-        be trained.
+        Raises InvalidSpec if there is no such line or it is too long to be shown, and
+        TrainingUnavailable if the model cannot be trained.
         """
-        async with self._previews:
-            return await asyncio.to_thread(self._previewer.preview, path, line, data)
-
-    async def keep_only(self, datasets: Collection[str]) -> None:
-        """Remove what was made of all datasets but these, which are named by SHA-256."""
-        await asyncio.to_thread(self._folders.keep_only, set(datasets), set(self._making))
+        async with self._previews:  # until the thread ends: who gives up does not end it
+            return await to_the_end(asyncio.to_thread(self._previewer.preview, path, line, data))
 
     async def close(self) -> None:
         """End all work."""
@@ -163,7 +157,7 @@ class Preparations:
     async def _prepared(self, name: str, path: Path, data: DataSpec) -> DatasetReport:
         async with self._sweeping:
             if not self._swept:
-                await _surely(self._folders.sweep)
+                await to_the_end(asyncio.to_thread(self._folders.sweep))
                 self._swept = True
         report = await asyncio.to_thread(self._folders.find, name)
         if report is None:
@@ -175,12 +169,15 @@ class Preparations:
         plan = PreparePlan(dataset=str(path), model=str(self._served.path), data=data)
         made = self._folders.partial(name)
         try:
-            await _surely(self._folders.begin, made, plan)
+            await to_the_end(asyncio.to_thread(self._folders.begin, made, plan))
             await self._run(made)
-            report = await _surely(self._folders.finish, made, name)
+            report = await to_the_end(asyncio.to_thread(self._folders.finish, made, name))
         finally:
-            await _surely(self._folders.drop, made)
-        await asyncio.to_thread(self._folders.prune)
+            await to_the_end(asyncio.to_thread(self._folders.drop, made))
+        try:
+            await asyncio.to_thread(self._folders.prune)
+        except OSError as error:  # the rows are there all the same
+            logger.warning("prepared rows that are too many cannot be removed: %s", error)
         return report
 
     async def _run(self, made: Path) -> None:
@@ -218,7 +215,7 @@ class Preparations:
 
 def _environment(base: Mapping[str, str]) -> dict[str, str]:
     """What the process gets: no network, no secrets, no GPU."""
-    kept = {name: value for name, value in base.items() if name not in DROPPED}
+    kept = without_secrets(base)
     return with_our_sources(kept) | {"CUDA_VISIBLE_DEVICES": "", **OFFLINE, **QUIET}
 
 
@@ -236,18 +233,6 @@ def _failure(log: Path, code: int) -> Exception:
     if code < 0:
         why = f"signal {-code} killed it, as the system does when memory is short"
     return TrainingUnavailable(f"the dataset could not be read: {why}; tell the operator")
-
-
-async def _surely(work: Callable[..., _Result], *arguments: object) -> _Result:
-    """Do blocking work in a thread, and be cancelled only when it is done."""
-    task = asyncio.create_task(asyncio.to_thread(work, *arguments))
-    try:
-        return await asyncio.shield(task)
-    except asyncio.CancelledError:
-        await asyncio.wait({task})
-        if not task.cancelled():
-            task.exception()  # nobody is left to hear of it
-        raise
 
 
 def _let_go(task: asyncio.Task[DatasetReport]) -> None:

@@ -97,14 +97,23 @@ class PreparedFolders:
         used = sorted(((self._used_s(name), name) for name in self._names()), reverse=True)
         size_bytes, latest_s = 0, time.time() - UNTOUCHED_S
         for count, (used_s, name) in enumerate(used, start=1):
-            size_bytes += sum(file.stat().st_size for file in self.path(name).iterdir())
+            try:
+                size_bytes += sum(file.stat().st_size for file in self.path(name).iterdir())
+            except FileNotFoundError:
+                continue  # another was faster
             if used_s < latest_s and (count > MAX_FOLDERS or size_bytes > MAX_BYTES):
                 self.remove(name)
 
-    def keep_only(self, datasets: Collection[str], but: Collection[str]) -> None:
-        """Remove the folders of all other datasets, by SHA-256; `but` are names to leave alone."""
+    def remove_dataset(self, sha256: str) -> None:
+        """Remove what was made of a dataset. What is being made of it now is not."""
         for name in self._names():
-            if name.partition("-")[0] not in datasets and name not in but:
+            if name.partition("-")[0] == sha256:
+                self.remove(name)
+
+    def keep_only(self, datasets: Collection[str]) -> None:
+        """Remove the folders of all other datasets, by SHA-256. While none is made."""
+        for name in self._names():
+            if name.partition("-")[0] not in datasets:
                 self.remove(name)
 
     def _names(self) -> list[str]:

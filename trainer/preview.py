@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -19,7 +20,9 @@ from trainer.rows import IGNORED
 from trainer.spec import DataSpec, OverlengthPolicy
 
 MAX_TOKENS = 65_536
-"""Of a row that is shown although it is too long to be trained on."""
+"""Of a row that is shown although it is too long to be trained on; at most the server's context."""
+MAX_MESSAGES = 1024
+"""Of a line that is shown. A template is asked for all before each answer, here in the host."""
 
 
 class PreviewedToken(NamedTuple):
@@ -38,28 +41,37 @@ class TokenPreview:
     text: str
     """As the chat template renders it; empty with `tokens` if the line is no row."""
     tokens: list[PreviewedToken]
-    prompts: list[tuple[list[tuple[str, str]], list[int]]]
-    """Role and content of the messages before each answer that is trained, and the row's ids
-    there: what the server has to render of these messages."""
+    messages: Sequence[tuple[str, str]]
+    """Role and content of each."""
+    bounds: Sequence[tuple[int, int]]
+    """Of the prompt of each answer that is trained: so many messages, and so many tokens."""
     kept: bool
     """Whether it is trained on as it is."""
     reason: str
     """Why it is left out or shortened; empty: neither."""
 
+    def prompt(self, number: int) -> tuple[list[tuple[str, str]], list[int]]:
+        """The messages before an answer, from 0, and the row's ids there: what the server has to
+        render of these messages. A copy: those of all answers are the square of the row."""
+        messages, tokens = self.bounds[number]
+        return list(self.messages[:messages]), [token.id for token in self.tokens[:tokens]]
+
 
 class Previewer:
     """Shows lines of datasets for one model. Blocks; may be used by many threads."""
 
-    def __init__(self, model: Path) -> None:
+    def __init__(self, model: Path, *, max_tokens: int = MAX_TOKENS) -> None:
+        """`max_tokens` is the server's context."""
         self._model = model
+        self._max_tokens = min(max_tokens, MAX_TOKENS)
         self._loading = threading.Lock()
         self._chat: ChatTokenizer | None = None
 
     def preview(self, path: Path, line: int, data: DataSpec) -> TokenPreview:
         """One line, from 1; `data` has every field set but its format.
 
-        Raises InvalidSpec if there is no such line, TrainingUnavailable if the model cannot be
-        trained or the file is gone, and OSError.
+        Raises InvalidSpec if there is no such line or it has too many messages to be shown,
+        TrainingUnavailable if the model cannot be trained or the file is gone, and OSError.
         """
         try:
             text = line_at(path, line)
@@ -75,13 +87,17 @@ class Previewer:
         except TokenizerUnusable as error:
             raise TrainingUnavailable(str(error)) from error
         try:
+            if (messages := len(rows.parse(text))) > MAX_MESSAGES:
+                raise InvalidSpec(
+                    Finding("line", f"has {messages} messages, and {MAX_MESSAGES} can be shown")
+                )
             fit = rows.fit(text)
             if fit.row is not None:
                 return self._shown(fit.row, _why_changed(fit))
-            draft = rows.masks.draft(rows.parse(text), max_tokens=MAX_TOKENS)
+            draft = rows.masks.draft(rows.parse(text), max_tokens=self._max_tokens)
             limit = _limit(data, rows.overlength.max_tokens)
             if draft is None:
-                return _nothing(f"it has more than {MAX_TOKENS} tokens, and may have {limit}")
+                return _nothing(f"it has more than {self._max_tokens} tokens, and may have {limit}")
             row = rows.masks.mask(draft)
         except BadLine as error:
             return _nothing(f"{error.field}: {error.message}" if error.field else error.message)
@@ -101,13 +117,8 @@ class Previewer:
                 PreviewedToken(token_id, chat.decode([token_id]), label != IGNORED)
                 for token_id, label in zip(row.ids, row.labels, strict=True)
             ],
-            prompts=[
-                (
-                    [(turn.role, turn.content) for turn in row.turns[: prompt.turns]],
-                    row.ids[: prompt.tokens],
-                )
-                for prompt in row.prompts
-            ],
+            messages=[(turn.role, turn.content) for turn in row.turns],
+            bounds=[(prompt.turns, prompt.tokens) for prompt in row.prompts],
             kept=not reason,
             reason=reason,
         )
@@ -131,4 +142,4 @@ def _limit(data: DataSpec, max_tokens: int) -> str:
 
 
 def _nothing(reason: str) -> TokenPreview:
-    return TokenPreview(text="", tokens=[], prompts=[], kept=False, reason=reason)
+    return TokenPreview(text="", tokens=[], messages=[], bounds=[], kept=False, reason=reason)

@@ -14,7 +14,7 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from trainer.run_folder import RunFolder
@@ -44,7 +44,11 @@ class TrainingProcess:
             self._reaper = threading.Thread(
                 target=child.wait, name=f"reaper-{child.pid}", daemon=True
             )
-            self._reaper.start()
+            try:
+                self._reaper.start()
+            except BaseException:
+                os.close(pidfd)
+                raise
 
     @classmethod
     def start(
@@ -67,7 +71,12 @@ class TrainingProcess:
                 )
         finally:
             os.close(lock)  # the child has the lock now, if there is one
-        return cls(run, os.pidfd_open(child.pid), child)
+        try:
+            return cls(run, os.pidfd_open(child.pid), child)
+        except BaseException:  # out of files or threads: nobody would know that it runs
+            os.killpg(child.pid, signal.SIGKILL)  # it leads its session, and is not reaped yet
+            child.wait()
+            raise
 
     @classmethod
     def find(cls, run: RunFolder) -> TrainingProcess | None:
@@ -75,7 +84,7 @@ class TrainingProcess:
         deadline_s = time.monotonic() + STARTING_S
         while is_locked(run):
             for pid in members(run):
-                if _leads(run, pid) and (pidfd := _open_member(run, pid)) is not None:
+                if _leads(run, pid) and (pidfd := _open(run, pid, _is_member)) is not None:
                     return cls(run, pidfd, None)
             if time.monotonic() >= deadline_s:
                 return None  # only what it left over has the lock
@@ -85,7 +94,9 @@ class TrainingProcess:
     @property
     def running(self) -> bool:
         """Whether the process itself, not what it started, has not ended."""
-        return not select.select([self._pidfd], [], [], 0)[0]
+        poll = select.poll()  # select takes no file with a number above 1023
+        poll.register(self._pidfd, select.POLLIN)
+        return not poll.poll(0)
 
     @property
     def exit_code(self) -> int | None:
@@ -122,8 +133,7 @@ def is_locked(run: RunFolder) -> bool:
 
 def members(run: RunFolder) -> list[int]:
     """The ids of all processes of this run, its own and what they started."""
-    ids = (int(entry.name) for entry in PROC.iterdir() if entry.name.isdecimal())
-    return [pid for pid in ids if _is_member(run, pid)]
+    return [pid for pid in _pids() if _is_member(run, pid)]
 
 
 def kill_all(run: RunFolder) -> bool:
@@ -132,14 +142,25 @@ def kill_all(run: RunFolder) -> bool:
     while True:
         left = members(run)
         for pid in left:
-            if (pidfd := _open_member(run, pid)) is not None:
-                _send(pidfd, signal.SIGKILL)
-                os.close(pidfd)
-        if not left and not is_locked(run):
-            return True
+            _kill(run, pid, _is_member)
+        if not left:
+            if not is_locked(run):
+                return True
+            for pid in _pids():  # one that cleared its environment keeps the lock
+                _kill(run, pid, _has_lock)
         if time.monotonic() >= deadline_s:
             return False
         time.sleep(POLL_S)
+
+
+def _pids() -> list[int]:
+    return [int(entry.name) for entry in PROC.iterdir() if entry.name.isdecimal()]
+
+
+def _kill(run: RunFolder, pid: int, is_its: Callable[[RunFolder, int], bool]) -> None:
+    if is_its(run, pid) and (pidfd := _open(run, pid, is_its)) is not None:
+        _send(pidfd, signal.SIGKILL)
+        os.close(pidfd)
 
 
 def _is_member(run: RunFolder, pid: int) -> bool:
@@ -150,16 +171,33 @@ def _is_member(run: RunFolder, pid: int) -> bool:
     return f"{MARKER}={run.path}".encode() in environment.split(b"\0")
 
 
-def _open_member(run: RunFolder, pid: int) -> int | None:
+def _open(run: RunFolder, pid: int, is_its: Callable[[RunFolder, int], bool]) -> int | None:
     """A handle of the process, which stays its own when its id is given out again."""
     try:
         pidfd = os.pidfd_open(pid)
     except ProcessLookupError:
         return None
-    if _is_member(run, pid):
+    if is_its(run, pid):
         return pidfd
     os.close(pidfd)
     return None
+
+
+def _has_lock(run: RunFolder, pid: int) -> bool:
+    """Whether it was handed the run's lock, and not just has the file open, as one that looks
+    whether it is free."""
+    if pid == os.getpid():
+        return False
+    process = PROC / str(pid)
+    try:
+        lock = run.lock.stat()
+        return any(
+            os.path.samestat(lock, fd.stat())
+            and b"FLOCK  ADVISORY  WRITE" in (process / "fdinfo" / fd.name).read_bytes()
+            for fd in (process / "fd").iterdir()
+        )
+    except OSError:  # it has ended, closes a file as we look, or is somebody else's
+        return False
 
 
 def _leads(run: RunFolder, pid: int) -> bool:

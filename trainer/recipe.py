@@ -34,7 +34,8 @@ from trainer.progress import ProgressTeller
 from trainer.reference import MAX_ROWS
 from trainer.reference_scoring import Scorer
 from trainer.run_folder import ADAPTER_FOLDER, REFERENCE_FILE, RunFolder, RunPlan, write_whole
-from trainer.training_loop import RecipeTrainer, autocast, steps_of, training_arguments
+from trainer.steps import steps_of
+from trainer.training_loop import RecipeTrainer, autocast, training_arguments
 
 REFERENCE_CANDIDATES = 4 * MAX_ROWS
 """Rows that are looked at for those to score: few have nothing to score."""

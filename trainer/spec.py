@@ -8,9 +8,11 @@ types are stored with a job, read by the training process, and told by the contr
 from __future__ import annotations
 
 import enum
+from collections.abc import Sequence
 from typing import Annotated, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic_core import PydanticCustomError
 
 DEFAULT_TARGET_MODULES = (
     "q_proj",
@@ -24,6 +26,9 @@ DEFAULT_TARGET_MODULES = (
 DEFAULT_SEQUENCE_TOKENS = 2048
 DEFAULT_ROW_TOKENS = 1800
 """Of DEFAULT_SEQUENCE_TOKENS; that share of another limit."""
+MAX_TARGET_MODULES, MAX_MODULE_CHARACTERS = 64, 128
+MAX_BASE_MODEL_CHARACTERS = 256
+MAX_BIAS_CHARACTERS = 32
 
 
 class DatasetFormat(enum.Enum):
@@ -125,6 +130,20 @@ class Hyperparameters(Fields):
     gradient_checkpointing: GradientCheckpointing | None = None
 
 
+def _unique(names: Sequence[str]) -> Sequence[str]:
+    if len(set(names)) != len(names):
+        raise PydanticCustomError("unique", "must name each module once")
+    return names
+
+
+TargetModules = Annotated[
+    tuple[Annotated[str, Field(min_length=1, max_length=MAX_MODULE_CHARACTERS)], ...],
+    Field(max_length=MAX_TARGET_MODULES),
+    AfterValidator(_unique),
+]
+"""Few and short: each is looked for among all modules of the base model."""
+
+
 class LoraSpec(Fields):
     """The adapter's shape."""
 
@@ -132,8 +151,8 @@ class LoraSpec(Fields):
     alpha: Annotated[float, Field(gt=0, le=4096)] | None = None
     dropout: Annotated[float, Field(ge=0, lt=1)] | None = None
     use_rslora: bool | None = None
-    target_modules: tuple[str, ...] = ()
-    bias: str = "none"
+    target_modules: TargetModules = ()
+    bias: Annotated[str, Field(max_length=MAX_BIAS_CHARACTERS)] = "none"
 
     @property
     def scale(self) -> float:
@@ -215,7 +234,7 @@ class JobSpec(Fields):
     publish: PublishSpec | None = None
     data: DataSpec = DataSpec()
     backend: Backend | None = None
-    base_model: str = ""
+    base_model: Annotated[str, Field(max_length=MAX_BASE_MODEL_CHARACTERS)] = ""
     cancel_grace_s: Annotated[float, Field(ge=0, le=600)] | None = None
     checkpoints_kept: Annotated[int, Field(ge=1, le=100)] | None = None
 
@@ -227,9 +246,14 @@ class JobSpec(Fields):
         served_dtype: str,
         backend: Backend,
         on_gpu: bool,
+        bfloat16: bool = True,
         format: DatasetFormat | None = None,
     ) -> JobSpec:
-        """Every field set by the recipe, as far as it is known before a device is held."""
+        """Every field set by the recipe, as far as it is known before a device is held.
+
+        `bfloat16`: the device computes in it. A CPU that does not trains in float32, and what
+        depends on the precision is told of that; a GPU that does not has to refuse.
+        """
         hyperparameters = self.hyperparameters.filled(
             epochs=3.0,
             learning_rate=2e-4,
@@ -248,6 +272,8 @@ class JobSpec(Fields):
                 GradientCheckpointing.UNSLOTH if on_gpu else GradientCheckpointing.OFF
             ),
         )
+        if hyperparameters.precision is Precision.BFLOAT16 and not (bfloat16 or on_gpu):
+            hyperparameters = hyperparameters.model_copy(update={"precision": Precision.FLOAT32})
         lora = self.lora.filled(r=32, alpha=64.0, dropout=0.05, use_rslora=True)
         if not lora.target_modules:
             lora = lora.model_copy(update={"target_modules": DEFAULT_TARGET_MODULES})

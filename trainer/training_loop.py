@@ -76,16 +76,6 @@ class RecipeTrainer(Trainer):  # type: ignore[misc]
         return metrics
 
 
-def steps_of(spec: JobSpec, rows: int) -> int:
-    """Optimizer steps of a run over so many rows."""
-    asked = spec.hyperparameters
-    assert asked.epochs and asked.micro_batch_size and asked.gradient_accumulation
-    by_epochs = math.ceil(
-        asked.epochs * math.ceil(rows / (asked.micro_batch_size * asked.gradient_accumulation))
-    )
-    return min(by_epochs, asked.max_steps or by_epochs)
-
-
 def training_arguments(
     spec: JobSpec, output: Path, *, steps: int, evaluates: bool, on_gpu: bool
 ) -> TrainingArguments:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 import uuid
 
@@ -13,6 +14,7 @@ import pytest
 from lora_gateway.v1 import training_pb2 as pb
 from lora_gateway.v1.training_pb2_grpc import TrainingStub
 from tests.e2e import training
+from tests.e2e.gateway_process import GatewayProcess
 
 LIMIT_S = 20.0
 """Grace of 10 s, and 10 s more."""
@@ -26,12 +28,13 @@ LONG = pb.Hyperparameters(
 pytestmark = pytest.mark.timeout(600)
 
 
-def processes() -> set[int]:
-    """Training processes that run."""
+def processes(gateway: GatewayProcess) -> set[int]:
+    """Training processes of this gateway that run."""
     found = set()
-    for process in psutil.process_iter(["cmdline"]):
-        if "trainer.worker" in (process.info["cmdline"] or ()):
-            found.add(process.pid)
+    for process in gateway.family():
+        with contextlib.suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
+            if "trainer.worker" in process.cmdline():
+                found.add(process.pid)
     return found
 
 
@@ -52,7 +55,7 @@ async def until(channel: grpc.aio.Channel, name: str, moment: str) -> None:
 
 @pytest.mark.parametrize("moment", ["load", "step", "evaluation"])
 async def test_cancel_job_ends_it_in_time_with_what_it_had(
-    channel: grpc.aio.Channel, moment: str
+    gateway: GatewayProcess, channel: grpc.aio.Channel, moment: str
 ) -> None:
     name = f"cancel-{moment}-{uuid.uuid4().hex[:6]}"
     rows = [training.chat(f"Question {i}?", f"Answer {i}.") for i in range(200)]
@@ -61,10 +64,10 @@ async def test_cancel_job_ends_it_in_time_with_what_it_had(
     if moment == "evaluation":
         # Half of the rows are evaluated after the first epoch, which takes a while.
         spec.data.eval_fraction = 0.5
-    before = processes()
+    before = processes(gateway)
     await training.create(channel, spec, job_id=name)
     await until(channel, name, moment)
-    assert processes() - before
+    assert processes(gateway) - before
 
     started_s = time.monotonic()
     stub = TrainingStub(channel)
@@ -76,7 +79,7 @@ async def test_cancel_job_ends_it_in_time_with_what_it_had(
 
     assert job.state == pb.JOB_STATE_CANCELLED
     assert took_s < LIMIT_S
-    assert not processes() - before
+    assert not processes(gateway) - before
     found = (await stub.ListCheckpoints(pb.ListCheckpointsRequest(name=name))).checkpoints
     assert bool(found) == (moment != "load")
     assert all(not checkpoint.final for checkpoint in found)

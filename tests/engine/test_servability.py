@@ -27,7 +27,7 @@ def findings(**changes: Any) -> list[tuple[str, str]]:
 def test_what_can_be_served_has_no_findings() -> None:
     assert findings() == []
     assert findings(r=MAX_LORA_RANK, target_modules=list(servable_modules(base_shapes()))) == []
-    assert findings(target_modules=["self_attn.q_proj", "model.layers.1.mlp.up_proj"]) == []
+    assert findings(target_modules=["gate_proj", "up_proj"]) == []
 
 
 def test_the_modules_of_the_base_model_are_named_once_each() -> None:
@@ -53,12 +53,14 @@ def test_the_modules_of_the_base_model_are_named_once_each() -> None:
         ({"target_modules": []}, "target_modules", "must be a list of module names"),
         ({"target_modules": ["q_proj", "lm_head"]}, "target_modules", "choose among down_proj"),
         ({"target_modules": ["proj"]}, "target_modules", "'proj'"),
+        ({"target_modules": ["self_attn.q_proj"]}, "target_modules", "must be last names"),
+        ({"target_modules": ["a.lm_head"]}, "target_modules", "must be last names"),
         ({"use_dora": True}, "use_dora", "train with use_dora false"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save", "are not served"),
         ({"r": 0}, "r", "whole number from 1"),
     ],
 )
-def test_what_cannot_be_served_is_told_under_its_field(
+def test_pitfalls_what_cannot_be_served_is_told_under_its_field(
     changes: dict[str, Any], field: str, says: str
 ) -> None:
     ((found, sentence),) = findings(**changes)

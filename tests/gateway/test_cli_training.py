@@ -158,6 +158,27 @@ async def test_a_prompt_of_ones_own_is_asked(
         assert request.sampling.max_tokens == 5
 
 
+async def test_answers_that_fail_do_not_fail_what_was_done(
+    target: str, inference: FakeInference, file: Path
+) -> None:
+    inference.failures.append(refusal(grpc.StatusCode.INTERNAL, "INTERNAL", "out of luck"))
+    result = await invoked("train", str(file), "--adapter", "support", target=target)
+    assert result.code == 0
+    assert rows(result.output)["published"].startswith("SERVING support@2")
+    assert "base model" not in rows(result.output)
+    assert result.errors.startswith("note: base model and version were not compared: INTERNAL")
+
+
+async def test_a_file_is_read_in_the_format_that_was_named(
+    target: str, inference: FakeInference, tmp_path: Path
+) -> None:
+    file = tmp_path / "both.jsonl"
+    file.write_text(json.dumps({**ROW, "prompt": "Which?", "completion": "This."}) + "\n")
+    arguments = ("--adapter", "support", "--format", "prompt_completion")
+    result = await invoked("train", str(file), *arguments, target=target)
+    assert rows(result.output)["prompt"] == "Which?"
+
+
 async def test_json_is_an_object_a_line(target: str, file: Path) -> None:
     result = await invoked("train", str(file), "--adapter", "support", "--json", target=target)
     assert (result.code, result.errors) == (0, "")
@@ -316,7 +337,12 @@ async def shown(terminal: int, text: str, after: str = "") -> str:
         (['{"instruction": "a", "input": "c", "output": "b"}'], [("user", "a\n\nc")]),
         (["", "no JSON", "[]", '{"messages": 3}', '{"messages": [4]}', '{"x": 1}'], []),
         (['{"messages": [{"role": "assistant", "content": "b"}]}'], []),
-        (["[" * 100_000, '{"prompt": "a"}'], [("user", "a")]),
+        (["[" * 100_000, '{"prompt": "a", "completion": "b"}'], [("user", "a")]),
+        (
+            ['{"prompt": "a", "completion": ""}', '{"prompt": "c", "completion": "d"}'],
+            [("user", "c")],
+        ),
+        (["\ufeff" + json.dumps(ROW)], [("system", "Be kind."), ("user", "Where is my parcel?")]),
     ],
 )
 def test_the_first_prompt_is_what_precedes_the_first_answer(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sqlite3
 import threading
 from pathlib import Path
 
@@ -11,9 +12,12 @@ from prometheus_client import REGISTRY
 
 from engine.errors import AdapterInvalid, ShardUnavailable
 from engine.generation import VersionKey
+from gateway import control
 from gateway.channel import Want
+from gateway.control import ControlPlane
 from lora_gateway.v1 import adapters_pb2 as pb
 from store.artifacts import Artifact, StagedArtifact
+from store.upload_folder import StorageFull
 from tests.gateway.control_plane import TENANT, TIMEOUT_S, Plane, control_plane
 
 SQL_1 = VersionKey(TENANT, "sql", 1)
@@ -27,6 +31,28 @@ def create(plane: Plane, name: str = "a") -> pb.CreateAdapterVersionRequest:
 
 def resident_metric() -> float | None:
     return REGISTRY.get_sample_value("adapters_resident", {"shard": "shard-0"})
+
+
+async def test_a_store_that_fails_does_not_end_the_gateway(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    failures: list[Exception] = [
+        sqlite3.OperationalError("disk I/O error"),
+        StorageFull("full"),
+        OSError("gone"),
+    ]
+
+    async def sweep_uploads(_: ControlPlane) -> None:
+        if failures:
+            raise failures.pop()
+        swept.set()
+
+    swept = asyncio.Event()
+    monkeypatch.setattr(control, "SWEEP_INTERVAL_S", 0.01)
+    monkeypatch.setattr(ControlPlane, "_sweep_uploads", sweep_uploads)
+    sweeping = asyncio.create_task(ControlPlane._sweep(object.__new__(ControlPlane)))
+    await asyncio.wait_for(swept.wait(), TIMEOUT_S)
+    sweeping.cancel()
 
 
 # --- workers -----------------------------------------------------------------

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.adapter_codec import MAX_ARMS, MAX_WEIGHT
+from gateway.adapter_codec import MAX_ARMS, MAX_LABELS, MAX_WEIGHT
 from gateway.publication_note import note_path
 from gateway.publishing import shared
 from store.records import Arm, Guard, NewVersion, VersionState
@@ -76,6 +76,29 @@ async def test_a_checkpoint_becomes_a_version_without_traffic_and_tells_what_was
     assert (report.trained_as, report.served_as) == ("nf4/bfloat16", "bfloat16")
 
 
+async def test_labels_of_ours_win_and_all_fit_into_a_version(at: Trained) -> None:
+    theirs = {f"key-{number:02}": "x" for number in range(MAX_LABELS - 1)}
+    await at.publish(at.checkpoint(), labels={**theirs, "job": "other"})
+    labels = (await at.library.registry.version(*key(1))).labels
+    assert len(labels) == MAX_LABELS
+    assert (labels["job"], labels["dataset"]) == (JOB, "faq")
+    assert sorted(theirs)[: MAX_LABELS - 2] == sorted(labels.keys() - {"job", "dataset"})
+
+
+@pytest.mark.parametrize("told", ["linked", "real"])
+async def test_jobs_may_lie_behind_a_link(tmp_path: Path, told: str) -> None:
+    real, linked = tmp_path / "elsewhere", tmp_path / "state" / "jobs"
+    real.mkdir()
+    linked.parent.mkdir()
+    linked.symlink_to(real)
+    async with trained(tmp_path) as at:
+        checkpoint = at.checkpoint()
+        publication = await at.publish(checkpoint.resolve() if told == "real" else checkpoint)
+        assert publication.state is SERVING
+        record = await at.library.registry.version(*key(1))
+        assert record.source_uri == f"train:{UID}/1/{STEP}"
+
+
 async def test_the_rows_are_scored_apart_from_other_tenants_caches(at: Trained) -> None:
     await at.publish(at.checkpoint())
     assert {request.cache_salt for request, _ in at.shard.asked} == {TENANT}
@@ -122,6 +145,50 @@ async def test_one_who_leaves_leaves_nothing_that_was_not_checked(at: Trained) -
     at.library.probe.may_answer.set()
     await at.library.until(1, VersionState.FAILED)
     assert await at.weights() == {}
+
+
+@pytest.mark.parametrize("before", [(), (1,)])
+async def test_one_who_leaves_while_traffic_is_given_is_told_that_it_was(
+    at: Trained, monkeypatch: pytest.MonkeyPatch, before: tuple[int, ...]
+) -> None:
+    for step in before:
+        await at.publish(at.checkpoint(step), 100)
+    name = "set_traffic" if before else "promote"
+    change, begun, may_go_on = getattr(at.library.ledger, name), asyncio.Event(), asyncio.Event()
+
+    async def slow(*args: Any, **fields: Any) -> object:
+        begun.set()
+        await may_go_on.wait()
+        return await change(*args, **fields)
+
+    monkeypatch.setattr(at.library.ledger, name, slow)
+    publishing = asyncio.create_task(at.publish(at.checkpoint(2), 50))
+    await begun.wait()
+    publishing.cancel()
+    await asyncio.wait({publishing}, timeout=0.05)
+    may_go_on.set()
+    publication = await publishing
+    version, percent = (2, 50) if before else (1, 100)
+    assert (publication.state, publication.version) == (SERVING, version)
+    assert publication.traffic_percent == percent and publication.gate is not None
+    assert version in await at.weights()
+
+
+async def test_one_who_leaves_while_the_version_is_loaded_is_not_held_up(
+    at: Trained, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loading = asyncio.Event()
+
+    async def load(key: object) -> None:
+        loading.set()
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(at.library.catalog, "load", load)
+    publishing = asyncio.create_task(at.publish(at.checkpoint(), 50))
+    await loading.wait()
+    publishing.cancel()
+    await asyncio.wait({publishing}, timeout=5)
+    assert publishing.cancelled() and await at.weights() == {}
 
 
 # --- traffic

@@ -196,13 +196,48 @@ async def test_a_preview_shows_what_is_trained_on(stub: Any) -> None:
 # --- jobs --------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("data", "reason", "field"),
+    [
+        (pb.DataSpec(max_sequence_tokens=9999), "UNSERVABLE_ADAPTER", "max_sequence_tokens"),
+        (pb.DataSpec(max_row_tokens=9999), "INVALID_FIELD", "max_row_tokens"),
+        (pb.DataSpec(reserve_tokens=2048), "INVALID_FIELD", "reserve_tokens"),
+    ],
+)
+async def test_what_no_job_would_take_is_neither_validated_nor_shown(
+    stub: Any, data: pb.DataSpec, reason: str, field: str
+) -> None:
+    await upload(stub)
+    validate = pb.ValidateDatasetRequest(dataset="faq", data=data)
+    preview = pb.PreviewTokensRequest(dataset="faq", line=1, data=data)
+    for refusal in (
+        await refused(stub.ValidateDataset(validate)),
+        await refused(stub.PreviewTokens(preview)),
+    ):
+        assert (refusal.reason, refusal.fields) == (reason, [f"data.{field}"])
+    refusal = await refused(stub.CreateJob(pb.CreateJobRequest(spec=spec(data=data))))
+    assert (refusal.reason, refusal.fields) == (reason, [f"spec.data.{field}"])
+
+
+def prepared_rows(folder: Path) -> list[Path]:
+    return list(folder.rglob("rows.parquet"))
+
+
+async def test_a_deleted_dataset_takes_its_rows_along(stub: Any, tmp_path: Path) -> None:
+    await upload(stub)
+    await stub.ValidateDataset(pb.ValidateDatasetRequest(dataset="faq"))
+    assert len(prepared_rows(tmp_path)) == 1
+    await stub.DeleteDataset(pb.DeleteDatasetRequest(name="faq"))
+    assert prepared_rows(tmp_path) == []
+
+
 async def test_all_that_is_wrong_with_a_spec_comes_at_once(stub: Any) -> None:
     request = pb.CreateJobRequest(
         job_id="Not A Name",
         spec=pb.JobSpec(
             adapter="UPPER",
             hyperparameters=pb.Hyperparameters(epochs=0, learning_rate=7, optimizer=9),  # type: ignore[arg-type]
-            lora=pb.LoraSpec(dropout=1.0),
+            lora=pb.LoraSpec(dropout=1.0, target_modules=["m"] * 20_000),
             data=pb.DataSpec(eval_fraction=0.9),
         ),
     )
@@ -216,6 +251,7 @@ async def test_all_that_is_wrong_with_a_spec_comes_at_once(stub: Any) -> None:
         "spec.hyperparameters.learning_rate",
         "spec.hyperparameters.optimizer",
         "spec.lora.dropout",
+        "spec.lora.target_modules",
         "spec.data.eval_fraction",
     }
 
@@ -225,6 +261,7 @@ async def test_all_that_is_wrong_with_a_spec_comes_at_once(stub: Any) -> None:
     [
         ({"lora": pb.LoraSpec(r=64)}, "spec.lora.r"),
         ({"lora": pb.LoraSpec(target_modules=["lm_head"])}, "spec.lora.target_modules"),
+        ({"lora": pb.LoraSpec(target_modules=["a.q_proj"])}, "spec.lora.target_modules"),
         ({"lora": pb.LoraSpec(bias="all")}, "spec.lora.bias"),
         ({"data": pb.DataSpec(max_sequence_tokens=9999)}, "spec.data.max_sequence_tokens"),
     ],
@@ -251,7 +288,11 @@ async def test_a_job_needs_its_dataset_and_the_served_model(stub: Any) -> None:
 async def test_a_draft_tells_what_would_be_used_and_keeps_nothing(stub: Any) -> None:
     await upload(stub)
     request = pb.CreateJobRequest(spec=spec(), validate_only=True)
-    effective = (await stub.CreateJob(request)).job.effective_spec
+    draft = (await stub.CreateJob(request)).job
+    assert draft.state == pb.JOB_STATE_UNSPECIFIED
+    assert draft.publication.state == pb.PUBLICATION_STATE_NOT_REQUESTED
+    assert draft.publication.adapter == "support"
+    effective = draft.effective_spec
     assert (effective.lora.r, effective.lora.alpha, effective.lora.use_rslora) == (32, 64, True)
     asked = effective.hyperparameters
     assert (asked.epochs, asked.learning_rate, asked.seed) == (3, 2e-4, 3407)
@@ -260,6 +301,9 @@ async def test_a_draft_tells_what_would_be_used_and_keeps_nothing(stub: Any) -> 
     assert asked.quantization == pb.QUANTIZATION_NF4
     assert effective.data.max_row_tokens == 1800 and effective.data.reserve_tokens == 50
     assert effective.cancel_grace.seconds == 10
+    request.spec.publish.SetInParent()
+    draft = (await stub.CreateJob(request)).job
+    assert draft.publication.state == pb.PUBLICATION_STATE_PENDING
     assert not (await stub.ListJobs(pb.ListJobsRequest())).jobs
 
 
@@ -321,7 +365,7 @@ async def test_an_estimate_tells_tokens_steps_and_memory(stub: Any) -> None:
     assert refusal.metadata == {"dataset": "bad", "total_lines": "3", "bad_lines": "3"}
 
 
-async def test_capabilities_tell_what_is_trained_and_served(stub: Any) -> None:
+async def test_pitfalls_capabilities_tell_what_is_trained_and_served(stub: Any) -> None:
     told = await stub.GetCapabilities(pb.GetCapabilitiesRequest())
     assert list(told.backends) == [pb.BACKEND_UNSLOTH, pb.BACKEND_PEFT]
     assert list(told.devices) == ["cpu"]

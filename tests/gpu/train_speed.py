@@ -6,8 +6,8 @@ Needs no network: weights are random, which is right for speed and memory, and w
 Rows, masks, order, effective batch and steps are the same for all parts:
 
     model      random weights and full-length rows, made once in --folder
-    plain      transformers and PEFT as their guides have it: 2 rows at once, 4 times a step; then
-               more rows at once, for PEFT's own best
+    plain-2    transformers and PEFT as their guides have it: 2 rows at once, 4 times a step
+    plain-4, -8  the same with more rows at once, for PEFT's own best
     equal      the training process, Unsloth, in the same shape
     fitted     the training process, Unsloth, that finds its own shape
     peft       the training process, PEFT, that finds its own shape (not in the default parts)
@@ -33,7 +33,7 @@ from trainer.events import WorkerEvent, WorkerEventKind
 from trainer.run_folder import RunExit, RunFolder, RunPlan, write_whole
 from trainer.spec import Backend, JobSpec
 
-PARTS = ("model", "plain", "equal", "fitted")
+PARTS = ("model", "plain-2", "plain-4", "plain-8", "equal", "fitted")
 ROOT = Path(__file__).parents[2]
 ROWS_A_STEP = 8
 GIB = 1024**3
@@ -75,11 +75,15 @@ def main() -> None:
     folder: Path = options.folder
     folder.mkdir(parents=True, exist_ok=True)
     if options.in_process:
-        {"model": make_model, "plain": train_plain}[options.in_process](folder, scale)
+        part, _, micro_batch = options.in_process.partition("-")
+        if part == "model":
+            make_model(folder, scale)
+        else:
+            train_plain(folder, scale, int(micro_batch))
         return
     for part in options.parts.split(","):
         began_s = time.monotonic()
-        if part in ("model", "plain"):
+        if part.startswith(("model", "plain")):
             run_self(part, options)
         else:
             backend = Backend.PEFT if part == "peft" else Backend.UNSLOTH
@@ -137,7 +141,7 @@ def spec_of(scale: Scale, backend: Backend, *, fit: bool) -> JobSpec:
     )
 
 
-def train_plain(folder: Path, scale: Scale) -> None:
+def train_plain(folder: Path, scale: Scale, micro_batch: int) -> None:
     """Without the service: 4 bits, gradient checkpointing, and what PEFT says prepares a model."""
     import torch
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
@@ -193,44 +197,38 @@ def train_plain(folder: Path, scale: Scale) -> None:
                 self.ended_s.append(time.monotonic())
                 self.losses.append(logs["loss"])
 
-    for micro_batch in (2, 4, 8):
-        first = micro_batch == 2
-        steps = scale.steps if first else scale.more_steps
-        shape = {
-            "micro_batch_size": micro_batch,
-            "gradient_accumulation": ROWS_A_STEP // micro_batch,
-        }
-        hyperparameters = spec.hyperparameters.model_copy(update=shape)
-        arguments = training_arguments(
-            spec.model_copy(update={"hyperparameters": hyperparameters}),
-            folder / "plain",
-            steps=steps,
-            evaluates=False,
-            on_gpu=on_gpu,
-        )
-        arguments.save_strategy = "no"
-        collator, times = Collator(folder / "model"), Times()
-        trainer = RecipeTrainer(model, arguments, collator, rows, None, collator, lambda: False)
-        trainer.add_callback(times)
-        memory.release()
-        memory.reset_peak()
-        try:
-            trainer.train()
-        except torch.OutOfMemoryError:
-            say(f"plain PEFT {micro_batch} rows at once: out of memory")
-            break
-        finally:
-            trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
-        keep(
-            folder,
-            f"plain-{micro_batch}",
-            times.ended_s,
-            times.losses,
-            memory.peak_bytes(),
-            scale,
-            skipped=scale.skipped if first else 2,
-            shape=f"{micro_batch}x{ROWS_A_STEP // micro_batch}",
-        )
+    first = micro_batch == 2
+    shape = {
+        "micro_batch_size": micro_batch,
+        "gradient_accumulation": ROWS_A_STEP // micro_batch,
+    }
+    hyperparameters = spec.hyperparameters.model_copy(update=shape)
+    arguments = training_arguments(
+        spec.model_copy(update={"hyperparameters": hyperparameters}),
+        folder / "plain",
+        steps=scale.steps if first else scale.more_steps,
+        evaluates=False,
+        on_gpu=on_gpu,
+    )
+    arguments.save_strategy = "no"
+    collator, times = Collator(folder / "model"), Times()
+    trainer = RecipeTrainer(model, arguments, collator, rows, None, collator, lambda: False)
+    trainer.add_callback(times)
+    try:
+        trainer.train()
+    except torch.OutOfMemoryError:
+        say(f"plain PEFT {micro_batch} rows at once: out of memory")
+        return
+    keep(
+        folder,
+        f"plain-{micro_batch}",
+        times.ended_s,
+        times.losses,
+        memory.peak_bytes(),
+        scale,
+        skipped=scale.skipped if first else 2,
+        shape=f"{micro_batch}x{ROWS_A_STEP // micro_batch}",
+    )
 
 
 def train_by_worker(folder: Path, scale: Scale, part: str, backend: Backend, *, fit: bool) -> None:

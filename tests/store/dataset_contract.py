@@ -35,9 +35,11 @@ class DatasetContract:
         async with make_jobs(clock_ns=Ticks()) as store:
             record = await add_dataset(store)
             assert await add_dataset(store) == record
+            asked = await store.add_dataset("acme", "corpus", sha256=ONE, size_bytes=12, format="")
+            assert asked == record, "no format is asked for, so it is as it was"
             assert await store.datasets("acme", limit=9) == [record]
 
-    @pytest.mark.parametrize(("sha256", "format"), [(TWO, "chat"), (ONE, "alpaca"), (ONE, "")])
+    @pytest.mark.parametrize(("sha256", "format"), [(TWO, "chat"), (TWO, ""), (ONE, "alpaca")])
     async def test_a_name_stands_for_its_first_bytes(
         self, make_jobs: MakeJobs, sha256: str, format: str
     ) -> None:

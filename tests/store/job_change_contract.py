@@ -17,6 +17,7 @@ from store.job_records import (
     JobChanged,
     JobState,
     JobTransitionRefused,
+    JobUnknown,
     NewEvent,
 )
 from tests.store.dataset_contract import ACTIVE, FINAL
@@ -194,6 +195,37 @@ class JobChangeContract:
             assert [event.payload["step"] for event in events] == list(range(100))
             assert math.isnan(events[9].payload["loss"])
             assert len({event.time_ns for event in events}) == 2  # two changes
+
+    async def test_events_of_one_kind_are_read_without_the_others(
+        self, make_jobs: MakeJobs
+    ) -> None:
+        async with make_jobs() as store:
+            job = await bring_to(store, JobState.RUNNING)
+            kinds = [EventKind.PROGRESS, EventKind.CHECKPOINT, EventKind.NOTICE]
+            job = await store.change_job(
+                job, JobChange(events=[NewEvent(kind, {}) for kind in kinds * 3])
+            )
+
+            async def read(after: int, limit: int, *kinds: EventKind) -> list[int]:
+                events = await store.job_events(
+                    "acme", job.name, after=after, limit=limit, kinds=kinds
+                )
+                assert {event.kind for event in events} <= set(kinds)
+                return [event.sequence for event in events]
+
+            assert await read(0, 99, EventKind.CHECKPOINT) == [6, 9, 12]
+            assert await read(6, 1, EventKind.CHECKPOINT) == [9]
+            assert await read(9, 99, EventKind.CHECKPOINT, EventKind.NOTICE) == [10, 12, 13]
+
+    async def test_events_are_those_of_the_job_that_was_meant(self, make_jobs: MakeJobs) -> None:
+        async with make_jobs() as store:
+            first = await bring_to(store, JobState.FAILED, new_job("nightly"))
+            await store.delete_job("acme", "nightly")
+            second = await bring_to(store, JobState.FAILED, new_job("nightly"))
+            with pytest.raises(JobUnknown):
+                await store.job_events("acme", "nightly", after=0, limit=9, uid=first.uid)
+            events = await store.job_events("acme", "nightly", after=0, limit=9, uid=second.uid)
+            assert len(events) == second.last_sequence
 
     async def test_events_are_read_page_by_page(self, make_jobs: MakeJobs) -> None:
         async with make_jobs() as store:

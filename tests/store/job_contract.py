@@ -232,6 +232,17 @@ class JobContract(JobChangeContract, DatasetContract):
             made = {(await create(store)).name for _ in range(3)}
             assert len(made) == 3
 
+    async def test_the_job_of_a_request_is_found_by_it_alone(self, make_jobs: MakeJobs) -> None:
+        async with make_jobs() as store:
+            await add_dataset(store)
+            assert await store.job_of_request(new_job("nightly"), "r") is None
+            job = await create(store, new_job("nightly"), request_id="r")
+            assert await store.job_of_request(new_job("nightly"), "r") == job
+            assert await store.job_of_request(new_job("nightly"), "") is None
+            assert await store.job_of_request(new_job("nightly", tenant="other"), "r") is None
+            with pytest.raises(RequestIdReused, match="take a new one"):
+                await store.job_of_request(new_job("other"), "r")
+
     async def test_repeats_at_once_make_one_job(self, make_jobs: MakeJobs) -> None:
         async with make_jobs() as store:
             await add_dataset(store)
@@ -280,7 +291,7 @@ class JobContract(JobChangeContract, DatasetContract):
                 for state in JobState
                 for tenant in ("zeta", "acme")
             ]
-            assert await store.active_jobs() == [job for job in jobs if job.state in ACTIVE]
+            assert await store.active_jobs() == [job.key for job in jobs if job.state in ACTIVE]
 
     # The end of a job.
 

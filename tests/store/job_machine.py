@@ -124,8 +124,8 @@ class JobMachine(RuleBasedStateMachine):
     def the_store_stands_where_the_model_does(self) -> None:
         jobs = self.run(self.store.jobs("acme", limit=99))
         assert [job.uid for job in jobs] == [model.seen.uid for model in reversed(self.models)]
-        active = [model.seen.uid for model in self.models if not model.seen.state.is_final]
-        assert [job.uid for job in self.run(self.store.active_jobs())] == active
+        active = [model.seen.key for model in self.models if not model.seen.state.is_final]
+        assert self.run(self.store.active_jobs()) == active
         for job, model in zip(reversed(jobs), self.models, strict=True):
             assert (job.state, job.epoch) == (model.seen.state, model.seen.epoch)
             assert job.intent is model.intent

@@ -15,8 +15,9 @@ from safetensors.numpy import save_file
 
 from store.job_records import DatasetUnknown
 from tests.trainer.job_stage import TENANT, Stage, stage
+from trainer import devices
 from trainer.capabilities import installed, installed_for
-from trainer.devices import Device, device_facts
+from trainer.devices import Device, cpu_computes_in_bfloat16, device_facts
 from trainer.errors import (
     BaseModelUnknown,
     DatasetInvalid,
@@ -26,7 +27,7 @@ from trainer.errors import (
 )
 from trainer.estimate import Price
 from trainer.publisher import Finding
-from trainer.spec import Backend, DataSpec, JobSpec
+from trainer.spec import Backend, DataSpec, JobSpec, Precision
 
 GPU_ANSWER = "81559, 70000, {capability}\n"
 
@@ -92,7 +93,7 @@ async def test_capabilities_tell_what_is_installed(tmp_path: Path) -> None:
     async with stage(tmp_path) as s:
         found = await s.jobs.capabilities()
     assert found.backends == (Backend.UNSLOTH, Backend.PEFT)
-    assert found.devices == ("cpu",) and found.bfloat16
+    assert found.devices == ("cpu",) and found.bfloat16 is cpu_computes_in_bfloat16()
     assert found.versions["peft"] and found.versions["torch"]
 
 
@@ -126,6 +127,31 @@ async def test_an_interpreter_that_cannot_train_is_named(
 def test_a_cpu_tells_its_memory() -> None:
     facts = device_facts(Device("cpu"))
     assert 2**28 < facts.memory_available_bytes <= facts.memory_bytes
+
+
+@pytest.mark.parametrize(
+    ("flags", "bfloat16"),
+    [
+        ("flags\t\t: fpu avx512_bf16 sse", True),
+        ("Features\t: fp bf16", True),
+        ("flags\t\t: fpu avx2", False),
+        ("processor\t: 0", False),
+    ],
+)
+async def test_pitfalls_a_cpu_without_bfloat16_trains_in_float32_and_all_say_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: str, bfloat16: bool
+) -> None:
+    (tmp_path / "cpuinfo").write_text(f"model name\t: a CPU\n{flags}\n")
+    monkeypatch.setattr(devices, "CPU_INFO", tmp_path / "cpuinfo")
+    assert device_facts(Device("cpu")).bfloat16 is bfloat16
+    async with stage(tmp_path) as s:
+        assert (await s.jobs.capabilities()).bfloat16 is bfloat16
+        asked = spec(hyperparameters={"quantization": "none"}, publish={})
+        resolved = await s.jobs.check(TENANT, asked)
+    precision = Precision.BFLOAT16 if bfloat16 else Precision.FLOAT32
+    assert resolved.hyperparameters.precision is precision
+    assert resolved.publish is not None
+    assert resolved.publish.gate.max_logprob_delta_mean == (0.2 if bfloat16 else 0.01)
 
 
 @pytest.mark.parametrize(("capability", "bfloat16"), [("9.0", True), ("7.5", False)])

@@ -2,10 +2,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
-
 from tests.trainer.training_run import write_rows
-from trainer.batches import Rows, held_out_count, load_rows, trained_tokens
+from trainer.batches import Rows, load_rows, trained_tokens
 from trainer.recipe import rows_sha256
 from trainer.reference import MAX_ROW_TOKENS
 from trainer.reference_scoring import window
@@ -34,16 +32,6 @@ def test_held_out_rows_of_another_dataset_leave_all_to_train_on(rows: Path, tmp_
     found = load_rows(rows, other, eval_fraction=0.5, seed=1, cache=tmp_path / "cache")
     assert found.held_out is not None
     assert (len(found.train), len(found.held_out)) == (24, 5)
-
-
-@pytest.mark.parametrize(
-    ("rows", "fraction", "count"),
-    [(100, 0.05, 5), (20, 0.04, 1), (19, 0.05, 0), (100, 0.0, 0), (10, 0.5, 5), (20, 0.001, 1)],
-)
-def test_a_fraction_of_twenty_rows_or_more_is_at_least_one(
-    rows: int, fraction: float, count: int
-) -> None:
-    assert held_out_count(rows, fraction) == count
 
 
 def test_the_longest_come_first(rows: Path, tmp_path: Path) -> None:

@@ -50,7 +50,7 @@ def test_the_optimizer_in_8_bits_is_for_gpus() -> None:
         (Backend.PEFT, False, GradientCheckpointing.STANDARD),
     ],
 )
-def test_unsloths_checkpointing_is_mapped_where_there_is_none(
+def test_pitfalls_unsloths_checkpointing_is_mapped_where_there_is_none(
     backend: Backend, on_gpu: bool, effective: GradientCheckpointing
 ) -> None:
     spec = resolved({"hyperparameters": {"gradient_checkpointing": "unsloth"}}, backend)

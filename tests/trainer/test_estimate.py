@@ -17,8 +17,6 @@ from trainer.estimate import (
     Price,
     estimate,
     pace_of,
-    steps_and_epochs,
-    training_rows,
 )
 from trainer.model_size import ModelSize, model_size
 from trainer.report import DatasetReport, TokenStatistics
@@ -104,15 +102,13 @@ def test_steps_tokens_and_the_adapter_are_exact() -> None:
     assert found.lora_scale == pytest.approx(11.3, abs=0.02)
 
 
-def test_max_steps_and_small_datasets_and_eval_datasets() -> None:
-    spec = resolved(hyperparameters=Hyperparameters(max_steps=10))
-    steps, epochs = steps_and_epochs(spec, 80)
-    assert (steps, epochs) == (10, 1.0)
-    assert training_rows(spec, 19) == 19
-    assert training_rows(spec, 20) == 19
-    assert training_rows(resolved(data=DataSpec(eval_dataset="e")), 1000) == 1000
-    assert training_rows(resolved(data=DataSpec(eval_fraction=0.5)), 1000) == 500
-    assert steps_and_epochs(resolved(), 1) == (3, 3.0)
+def test_max_steps_end_a_run_earlier_and_never_later() -> None:
+    whole = of(resolved())
+    assert of(resolved(hyperparameters=Hyperparameters(max_steps=1_000_000))) == whole
+    tenth = of(resolved(hyperparameters=Hyperparameters(max_steps=119)))
+    assert (tenth.steps, tenth.tokens) == (119, whole.tokens / 3)
+    nothing = of(resolved(), report=DatasetReport(valid=False))
+    assert (nothing.steps, nothing.tokens) == (0, 0)
 
 
 def test_memory_of_an_8b_model_in_4_bits_is_of_the_size_that_others_measure() -> None:
@@ -162,7 +158,7 @@ def test_time_and_money_come_from_earlier_runs_if_there_are_any() -> None:
         ),
     ],
 )
-def test_what_is_likely_to_go_wrong_is_warned_of(
+def test_pitfalls_what_is_likely_to_go_wrong_is_warned_of(
     said: str, spec: dict[str, object], options: dict[str, object]
 ) -> None:
     warnings = of(resolved(**spec), **options).warnings  # type: ignore[arg-type]

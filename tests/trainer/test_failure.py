@@ -63,7 +63,7 @@ def test_a_cause_counts_and_the_first_line_is_told() -> None:
     assert "RuntimeError: could not save; its log" in failure_of(outer, resolved({})).message
 
 
-def test_out_of_memory_says_what_to_reduce_and_the_numbers() -> None:
+def test_pitfalls_out_of_memory_says_what_to_reduce_and_the_numbers() -> None:
     failure = failure_of(MemoryError(), resolved({"hyperparameters": {"micro_batch_size": 6}}))
     assert failure.metadata == {"micro_batch_size": "6", "max_sequence_tokens": "512"}
     assert "micro_batch_size" in failure.message and "max_sequence_tokens" in failure.message

@@ -8,7 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from store.job_records import EventKind, JobActive, JobState, JobUnknown, QueueFull
+from store.job_records import (
+    DatasetUnknown,
+    EventKind,
+    JobActive,
+    JobState,
+    JobUnknown,
+    QueueFull,
+)
+from store.records import RequestIdReused
 from tests.trainer.job_stage import SOON_S, TENANT, stage
 from tests.trainer.scripted_worker import Script
 from trainer.devices import Device
@@ -194,6 +202,29 @@ async def test_the_same_request_makes_one_job(tmp_path: Path) -> None:
         third = await s.jobs.create(TENANT, s.spec(), request_id="r")
         assert third.state is JobState.SUCCEEDED
         assert len(s.publisher.published) == 1
+
+
+async def test_a_request_is_answered_when_what_it_named_is_gone(tmp_path: Path) -> None:
+    async with stage(tmp_path) as s:
+        first = await s.jobs.create(TENANT, s.spec(), request_id="r")
+        await s.ended(first.name)
+        await s.store.remove_dataset(TENANT, "data")
+        again = await s.jobs.create(TENANT, s.spec(), request_id="r")
+        assert again.uid == first.uid
+        with pytest.raises(RequestIdReused):
+            await s.jobs.create(TENANT, s.spec(), labels={"of": "other"}, request_id="r")
+        with pytest.raises(DatasetUnknown):
+            await s.jobs.create(TENANT, s.spec(), request_id="new")
+
+
+async def test_a_process_whose_last_word_is_of_a_full_disk_lacked_space(tmp_path: Path) -> None:
+    async with stage(tmp_path) as s:
+        say = "OSError: [Errno 28] No space left on device"
+        await s.create("one", Script(exit_at=1, say=say))
+        job = await s.ended("one")
+    assert job.error is not None and job.error["reason"] == "STORAGE_FULL"
+    assert "free some space" in job.error["message"]
+    assert job.error["metadata"] == {"attempt": "1"}
 
 
 async def test_no_more_jobs_wait_than_may(tmp_path: Path) -> None:

@@ -76,7 +76,7 @@ def test_more_rows_that_are_slower_are_not_taken() -> None:
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 6, 12])
-def test_rows_a_step_stay(rows: int) -> None:
+def test_pitfalls_rows_a_step_stay(rows: int) -> None:
     changed, notices = fitted(asked(3, 4), Shape(rows, UNSLOTH))
     assert changed.micro_batch_size and changed.gradient_accumulation
     assert changed.micro_batch_size * changed.gradient_accumulation == 12

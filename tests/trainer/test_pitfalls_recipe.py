@@ -109,6 +109,32 @@ def test_pitfalls_arguments_to_the_trainer(backend: Backend, tmp_path: Path) -> 
     assert arguments.seed == arguments.data_seed == 3407
 
 
+@pytest.mark.parametrize(("on_gpu", "place"), [(True, 0), (False, "cpu")])
+def test_pitfalls_all_of_the_model_is_on_one_device_in_nf4_twice(
+    monkeypatch: pytest.MonkeyPatch, on_gpu: bool, place: object
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    from tests.trainer.training_run import resolved
+    from trainer.backends import LoadRequest
+    from trainer.backends.peft import PeftBackend
+
+    class Asked(Exception):
+        pass
+
+    def ask(*_: object, **options: Any) -> None:
+        assert options["device_map"] == {"": place}
+        nf4 = options["quantization_config"]
+        assert nf4.load_in_4bit and nf4.bnb_4bit_use_double_quant
+        assert nf4.bnb_4bit_quant_type == "nf4"
+        assert nf4.bnb_4bit_compute_dtype is torch.bfloat16
+        raise Asked
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", ask)
+    with pytest.raises(Asked):
+        PeftBackend().load(LoadRequest(resolved({}, Backend.PEFT), "/none", on_gpu))
+
+
 @pytest.mark.slow
 class TestWithOtherRuns:
     """Each needs a process of its own."""

@@ -6,6 +6,7 @@ import asyncio
 import os
 import stat
 import sys
+import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -17,8 +18,9 @@ from store.upload_folder import StorageFull
 from tests.trainer.prepared import GOOD, data_spec, exchange, record, rows_of, write_lines
 from trainer.errors import DatasetInvalid, InvalidSpec, TrainingUnavailable
 from trainer.failure import is_storage_full
-from trainer.preparation import Preparations, Prepared
+from trainer.preparation import MAX_PREVIEWS, Preparations, Prepared
 from trainer.prepare_plan import EXIT_ORPHANED, EXIT_STORAGE_FULL, PLAN_FILE, PreparePlan
+from trainer.prepared_folders import PreparedFolders
 from trainer.report import DatasetReport
 from trainer.rows import REPORT_FILE
 from trainer.run_folder import write_whole
@@ -141,10 +143,45 @@ async def test_a_dataset_is_read_by_a_process_once_for_all_who_ask(
     for data in (data_spec(eval_fraction=0.3, reserve_tokens=3), data_spec(eval_dataset="x")):
         assert await later.prepare(record(), dataset, data) == first
 
-    await later.keep_only({record().sha256})
-    assert first.folder.exists()
-    await later.keep_only(set())
-    assert not first.folder.exists()
+
+async def test_who_gives_up_on_a_preview_keeps_its_place_until_its_thread_ends(
+    open_on: Open, dataset: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    preparations = open_on()
+    running, most = 0, 0
+    go, lock = threading.Event(), threading.Lock()
+
+    def slow(*_: object) -> None:
+        nonlocal running, most
+        with lock:
+            running += 1
+            most = max(most, running)
+        assert go.wait(SOON_S)
+        with lock:
+            running -= 1
+
+    monkeypatch.setattr(preparations._previewer, "preview", slow)
+    asked = [
+        asyncio.create_task(preparations.preview(record(), dataset, 1, DATA)) for _ in range(4)
+    ]
+    await asyncio.sleep(0.1)
+    for task in asked[:3]:
+        task.cancel()
+    await asyncio.sleep(0.1)
+    go.set()
+    await asyncio.wait(asked)
+    assert most == MAX_PREVIEWS
+    assert [task.cancelled() for task in asked] == [True, True, True, False]
+
+
+async def test_rows_that_are_made_are_answered_though_others_cannot_be_removed(
+    open_on: Open, dataset: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(self: PreparedFolders) -> None:
+        raise FileNotFoundError("gone")
+
+    monkeypatch.setattr(PreparedFolders, "prune", fail)
+    assert (await open_on().prepare(record(), dataset, DATA)).report.rows == 2
 
 
 async def test_the_process_is_killed_when_nobody_waits_any_more(

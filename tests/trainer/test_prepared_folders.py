@@ -132,12 +132,25 @@ def test_a_folder_that_a_training_process_may_still_read_stays(
 
 def test_folders_of_datasets_that_are_gone_go(folders: PreparedFolders) -> None:
     made = [make(folders, name) for name in ("a-1", "a-2", "b-1", "c-1")]
-    folders.keep_only({"a"}, but={"c-1"})
+    folders.remove_dataset("b")
     assert [folder.name for folder in made if folder.exists()] == ["a-1", "a-2", "c-1"]
+    folders.keep_only({"a"})
+    assert [folder.name for folder in made if folder.exists()] == ["a-1", "a-2"]
+
+
+def test_a_folder_that_another_removes_meanwhile_is_no_error(
+    folders: PreparedFolders, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prepared_folders, "MAX_FOLDERS", 0)
+    old = make(folders, "a-1", age_s=UNTOUCHED_S + 60)
+    monkeypatch.setattr(folders, "_names", lambda: ["gone-1", "a-1"])
+    folders.prune()
+    assert not old.exists()
 
 
 def test_nothing_is_there_before_the_first(tmp_path: Path) -> None:
     folders = PreparedFolders(tmp_path / "new")
     folders.prune()
-    folders.keep_only(set(), set())
+    folders.keep_only(set())
+    folders.remove_dataset("a")
     assert folders.find("a-1") is None

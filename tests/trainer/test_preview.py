@@ -10,7 +10,7 @@ import pytest
 from tests.trainer.prepared import GOOD, data_spec, exchange, prepared, rows_of, write_lines
 from tests.trainer.templates import CHATML, Models, server_of
 from trainer.errors import InvalidSpec, TrainingUnavailable
-from trainer.preview import MAX_TOKENS, Previewer, TokenPreview
+from trainer.preview import MAX_MESSAGES, MAX_TOKENS, Previewer, TokenPreview
 from trainer.rows import IGNORED
 from trainer.spec import DatasetFormat, LossMask, OverlengthPolicy
 
@@ -52,8 +52,8 @@ def test_parity_masks_of_prepared_rows_are_those_of_the_preview_and_of_the_serve
         answers = sum(
             message["role"] == "assistant" for message in LINES[row["line"] - 1]["messages"]
         )
-        assert len(shown.prompts) == (1 if loss_mask is LossMask.LAST_ASSISTANT else answers)
-        for messages, ids in shown.prompts:
+        assert len(shown.bounds) == (1 if loss_mask is LossMask.LAST_ASSISTANT else answers)
+        for messages, ids in map(shown.prompt, range(len(shown.bounds))):
             assert ids == server_of(model).prompt(messages)
             assert row["input_ids"][: len(ids)] == ids
 
@@ -63,13 +63,15 @@ def test_tokens_are_shown_with_their_own_text(tiny: Path, tmp_path: Path) -> Non
     assert shown.text == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n4<|im_end|>\n"
     assert "".join(token.text for token in shown.tokens) == shown.text
     assert [token.text for token in shown.tokens if token.trained] == ["4", "<|im_end|>"]
-    assert shown.prompts == [([("user", "hi")], [token.id for token in shown.tokens][:-3])]
+    assert len(shown.bounds) == 1
+    assert shown.prompt(0) == ([("user", "hi")], [token.id for token in shown.tokens][:-3])
 
 
 def test_a_bad_line_says_why_and_shows_nothing(tiny: Path, tmp_path: Path) -> None:
     path = write_lines(tmp_path / "d", [GOOD, b"{", {"messages": [{"role": "boss"}]}])
-    assert preview(tiny, path, 2) == TokenPreview("", [], [], False, preview(tiny, path, 2).reason)
-    assert "is not JSON" in preview(tiny, path, 2).reason
+    shown = preview(tiny, path, 2)
+    assert shown == TokenPreview("", [], [], [], False, shown.reason)
+    assert "is not JSON" in shown.reason
     assert preview(tiny, path, 3).reason.startswith("messages[0].content: is not there")
 
 
@@ -99,6 +101,22 @@ def test_a_huge_row_is_not_shown(tiny: Path, tmp_path: Path) -> None:
     shown = preview(tiny, path)
     assert (shown.kept, shown.tokens) == (False, [])
     assert f"more than {MAX_TOKENS} tokens" in shown.reason
+
+
+def test_a_row_longer_than_the_servers_context_is_not_shown(tiny: Path, tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "d", [exchange("word " * 50, "b")])
+    shown = Previewer(tiny, max_tokens=40).preview(path, 1, data_spec(max_row_tokens=20))
+    assert (shown.kept, shown.tokens) == (False, [])
+    assert "more than 40 tokens, and may have 20" in shown.reason
+
+
+def test_a_line_of_too_many_messages_is_refused(tiny: Path, tmp_path: Path) -> None:
+    half = MAX_MESSAGES // 2
+    lines = [{"messages": GOOD["messages"] * count} for count in (half, half + 1)]
+    path = write_lines(tmp_path / "d", lines)
+    with pytest.raises(InvalidSpec, match=f"line: has {MAX_MESSAGES + 2} messages"):
+        preview(tiny, path, 2, max_sequence_tokens=2048)
+    assert "may have 1800" in preview(tiny, path, 1, max_sequence_tokens=2048).reason
 
 
 def test_a_row_that_was_shortened_shows_what_is_left(tiny: Path, tmp_path: Path) -> None:

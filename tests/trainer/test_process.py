@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import subprocess
 import sys
@@ -127,6 +129,71 @@ def test_a_program_that_is_not_there_does_not_start(run: RunFolder) -> None:
     with pytest.raises(FileNotFoundError):
         TrainingProcess.start(run, ["/nowhere/python"], {})
     assert not is_locked(run)
+
+
+def test_a_process_that_cannot_be_looked_at_does_not_go_on(
+    run: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def out_of_files(_pid: int) -> int:
+        raise OSError(errno.EMFILE, "too many open files")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="too many"):
+        patch.setattr(os, "pidfd_open", out_of_files)
+        start(run, SLEEP)
+    assert members(run) == [] and not is_locked(run)
+
+
+def test_a_process_is_looked_at_however_many_files_are_open(run: RunFolder) -> None:
+    process = start(run, SLEEP)
+    high = TrainingProcess(run, fcntl.fcntl(process._pidfd, fcntl.F_DUPFD_CLOEXEC, 1100), None)
+    assert high.running
+    process.terminate()
+    wait_until_ended(process)
+    assert not high.running
+    high.close()
+    process.close()
+
+
+def test_a_process_hears_that_it_is_to_end_however_many_files_are_open(run: RunFolder) -> None:
+    code = f"""
+import os, time
+from pathlib import Path
+from trainer.life import Life
+from trainer.run_folder import RunFolder, StopRequest, write_whole
+for _ in range(1100):
+    os.open("/dev/null", os.O_RDONLY)
+run = RunFolder(Path({str(run.path)!r}))
+with Life(run, lambda: None) as life:
+    life.loaded()
+    write_whole(run.stop, StopRequest(save=False))
+    end_s = time.monotonic() + 10
+    while not life.stop_requested and time.monotonic() < end_s:
+        time.sleep(0.02)
+print(life.stop_requested)
+"""
+    root = Path(__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
+    assert done.stdout == "True\n", done.stderr
+
+
+def test_who_has_the_lock_ends_also_without_the_marker(run: RunFolder) -> None:
+    process = start(
+        run,
+        "import subprocess, sys\n"
+        f"subprocess.Popen([sys.executable, '-c', {SLEEP!r}], env={{}}, close_fds=False)\n",
+    )
+    reader = run.lock.open("rb")  # looks at the file, as we do to see whether it is locked
+    bystander = subprocess.Popen(["sleep", "600"], pass_fds=(reader.fileno(),))
+    try:
+        wait_until_ended(process)
+        assert members(run) == [] and is_locked(run)
+        assert kill_all(run) and not is_locked(run)
+        assert bystander.poll() is None
+    finally:
+        bystander.kill()
+        bystander.wait()
+        reader.close()
+        process.close()
 
 
 def test_two_processes_cannot_have_one_folder(run: RunFolder) -> None:

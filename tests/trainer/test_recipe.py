@@ -123,7 +123,7 @@ def test_the_manifest_tells_where_the_adapter_comes_from(ended: Ended) -> None:
     }
 
 
-def test_the_adapter_is_saved_as_it_is_served(ended: Ended, tiny: Path) -> None:
+def test_pitfalls_the_adapter_is_saved_as_it_is_served(ended: Ended, tiny: Path) -> None:
     folder = folder_of(ended.run, 9)
     config = adapter_config(folder)
     assert config["base_model_name_or_path"] == "tiny" and config["inference_mode"] is True
@@ -139,7 +139,7 @@ def test_the_adapter_is_saved_as_it_is_served(ended: Ended, tiny: Path) -> None:
     assert any(bool(tensor.any()) for name, tensor in tensors.items() if "lora_B" in name)
 
 
-def test_the_exact_tokenizer_is_saved_with_the_adapter(ended: Ended, tiny: Path) -> None:
+def test_pitfalls_the_exact_tokenizer_is_saved_with_the_adapter(ended: Ended, tiny: Path) -> None:
     adapter = folder_of(ended.run, 9) / "adapter"
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         assert (adapter / name).read_bytes() == (tiny / name).read_bytes()

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from trainer.environment import training_environment
+from trainer.environment import training_environment, without_secrets
 from trainer.run_folder import RunFolder
 
 RUN = RunFolder(Path("/state/jobs/u1/attempts/1"))
@@ -22,9 +22,31 @@ def test_nothing_is_fetched_and_nobody_is_counted() -> None:
         assert environment[name] == "1"
 
 
-def test_the_hubs_token_is_not_handed_on_and_the_rest_is() -> None:
-    environment = training_environment({"HF_TOKEN": "hf_x", "PATH": "/bin"}, RUN, "cpu")
-    assert "HF_TOKEN" not in environment and environment["PATH"] == "/bin"
+@pytest.mark.parametrize(
+    "name",
+    [
+        "HF_TOKEN",
+        "HUGGING_FACE_HUB_TOKEN",
+        "AWS_ACCESS_KEY_ID",
+        "AWS_PROFILE",
+        "GOOGLE_APPLICATION_CREDENTIALS",
+        "AZURE_CLIENT_ID",
+        "WANDB_API_KEY",
+        "ACCESS_KEY_ID",
+        "DB_PASSWORD",
+        "PG_PASSWORD_FILE",
+        "A_SECRET",
+        "CLIENT_SECRET_FILE",
+        "GATEWAY_TOKENS_FILE",
+        "github_token",
+    ],
+)
+def test_pitfalls_secrets_are_not_handed_on_and_the_rest_is(name: str) -> None:
+    others = {"PATH": "/bin", "HOME": "/home", "LD_LIBRARY_PATH": "/lib", "OMP_NUM_THREADS": "2"}
+    environment = training_environment({name: "x", **others}, RUN, "cpu")
+    assert name not in environment
+    assert others.items() <= environment.items()
+    assert without_secrets({name: "x", **others}) == others
 
 
 def test_generated_code_of_runs_is_apart() -> None:

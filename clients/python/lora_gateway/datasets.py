@@ -60,7 +60,7 @@ class DatasetCalls:
 
         Raises:
             ValueError: the file is empty, cannot be read, or changed meanwhile.
-            GatewayError: reason DATASET_EXISTS if that name has other bytes.
+            GatewayError: reason DATASET_EXISTS if that name has other bytes or another format.
         """
         file = await asyncio.to_thread(DatasetFile.read, source)
         header = file.header(dataset=dataset or file.name(), format=format, upload_id=upload_id)

@@ -29,13 +29,13 @@ async def _create(host: Host, request_id: str) -> object:
 
 
 async def _change(host: Host, change: JobChange) -> object:
-    (job,) = await host.jobs.active_jobs()
-    return await host.jobs.change_job(job, change)
+    (key,) = await host.jobs.active_jobs()
+    return await host.jobs.change_job(await host.jobs.job(*key), change)
 
 
 async def _cancel(host: Host) -> object:
-    (job,) = await host.jobs.active_jobs()
-    return await host.jobs.intend("acme", job.name, Intent.CANCEL)
+    (key,) = await host.jobs.active_jobs()
+    return await host.jobs.intend(*key, Intent.CANCEL)
 
 
 async def _delete(host: Host) -> object:

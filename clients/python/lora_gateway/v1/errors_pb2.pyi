@@ -185,8 +185,8 @@ class _ErrorReasonEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._En
     Code NOT_FOUND with ResourceInfo. Metadata: `dataset`.
     """
     ERROR_REASON_DATASET_EXISTS: _ErrorReason.ValueType  # 51
-    """ERROR_REASON_DATASET_EXISTS: a dataset of that name has other bytes. Take
-    another name.
+    """ERROR_REASON_DATASET_EXISTS: a dataset of that name has other bytes, or
+    another format. Take another name.
     Code ALREADY_EXISTS with ResourceInfo. Metadata: `dataset`.
     """
     ERROR_REASON_DATASET_INVALID: _ErrorReason.ValueType  # 52
@@ -442,8 +442,8 @@ ERROR_REASON_DATASET_NOT_FOUND: ErrorReason.ValueType  # 50
 Code NOT_FOUND with ResourceInfo. Metadata: `dataset`.
 """
 ERROR_REASON_DATASET_EXISTS: ErrorReason.ValueType  # 51
-"""ERROR_REASON_DATASET_EXISTS: a dataset of that name has other bytes. Take
-another name.
+"""ERROR_REASON_DATASET_EXISTS: a dataset of that name has other bytes, or
+another format. Take another name.
 Code ALREADY_EXISTS with ResourceInfo. Metadata: `dataset`.
 """
 ERROR_REASON_DATASET_INVALID: ErrorReason.ValueType  # 52

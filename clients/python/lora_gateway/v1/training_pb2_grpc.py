@@ -167,8 +167,9 @@ class TrainingServicer(object):
 
         An upload that broke off goes on: ask QueryUpload for the offset, send the
         same header again and the chunks from there. A dataset never changes: the
-        same name with other bytes is refused (DATASET_EXISTS), with the same bytes
-        it answers at once.
+        same name with other bytes, or as another format, is refused
+        (DATASET_EXISTS); with the same bytes and an equal or unset format it answers
+        at once.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -194,7 +195,8 @@ class TrainingServicer(object):
 
     def PreviewTokens(self, request, context):
         """PreviewTokens shows one line as the trainer will see it: text, ids, and
-        which tokens are trained on; and whether the server renders the same ids.
+        which tokens are trained on; and whether the server renders the same ids. A
+        line of more than 1024 messages is refused.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -490,8 +490,9 @@ class TrainingStub(typing.Generic[_TrainingUploadDatasetType, _TrainingQueryUplo
 
     An upload that broke off goes on: ask QueryUpload for the offset, send the
     same header again and the chunks from there. A dataset never changes: the
-    same name with other bytes is refused (DATASET_EXISTS), with the same bytes
-    it answers at once.
+    same name with other bytes, or as another format, is refused
+    (DATASET_EXISTS); with the same bytes and an equal or unset format it answers
+    at once.
     """
 
     QueryUpload: _TrainingQueryUploadType
@@ -508,7 +509,8 @@ class TrainingStub(typing.Generic[_TrainingUploadDatasetType, _TrainingQueryUplo
 
     PreviewTokens: _TrainingPreviewTokensType
     """PreviewTokens shows one line as the trainer will see it: text, ids, and
-    which tokens are trained on; and whether the server renders the same ids.
+    which tokens are trained on; and whether the server renders the same ids. A
+    line of more than 1024 messages is refused.
     """
 
     GetDataset: _TrainingGetDatasetType
@@ -674,8 +676,9 @@ class TrainingServicer(metaclass=abc.ABCMeta):
 
         An upload that broke off goes on: ask QueryUpload for the offset, send the
         same header again and the chunks from there. A dataset never changes: the
-        same name with other bytes is refused (DATASET_EXISTS), with the same bytes
-        it answers at once.
+        same name with other bytes, or as another format, is refused
+        (DATASET_EXISTS); with the same bytes and an equal or unset format it answers
+        at once.
         """
 
     @abc.abstractmethod
@@ -707,7 +710,8 @@ class TrainingServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[lora_gateway.v1.training_pb2.PreviewTokensResponse, collections.abc.Awaitable[lora_gateway.v1.training_pb2.PreviewTokensResponse]]:
         """PreviewTokens shows one line as the trainer will see it: text, ids, and
-        which tokens are trained on; and whether the server renders the same ids.
+        which tokens are trained on; and whether the server renders the same ids. A
+        line of more than 1024 messages is refused.
         """
 
     @abc.abstractmethod
