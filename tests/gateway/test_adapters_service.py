@@ -229,7 +229,7 @@ async def test_damaged_files_fail_the_load_and_nothing_else(plane: Plane) -> Non
     refusal = await refused(plane.stub.LoadAdapterVersion(named(pb.LoadAdapterVersionRequest)))
     assert refusal.reason == "ADAPTER_LOAD_FAILED"
     assert refusal.metadata == {"adapter": "sql", "version": "1"}
-    assert "restore the folder" in refusal.message
+    assert "restore them" in refusal.message
     assert (await plane.until("sql", 1, pb.VERSION_STATE_READY)).weight == 100
 
 
