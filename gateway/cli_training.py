@@ -11,7 +11,7 @@ import typer
 
 from gateway.cli_options import Json, Labels, connected, label_map
 from gateway.job_display import follow, require_success
-from gateway.side_by_side import compared, first_prompt, print_comparison
+from gateway.side_by_side import compared, print_comparison
 from gateway.terminal import as_json
 from gateway.terminal_datasets import print_dataset, print_report
 from gateway.terminal_jobs import print_estimate
@@ -42,7 +42,6 @@ from lora_gateway.v1.training_pb2 import (
     GetDatasetResponse,
     ValidateDatasetResponse,
 )
-from trainer.spec import DatasetFormat as RowFormat
 
 app = typer.Typer()
 
@@ -150,10 +149,10 @@ async def train(
         return
     job = await follow(client, job.name, after=0, json=json)
     if job.publication.state == PublicationState.PUBLICATION_STATE_SERVING:
+        from gateway.first_prompt import first_prompt
+
         asked = [ChatMessage(role="user", content=prompt)] if prompt else []
-        read_as = RowFormat[format.name] if format else None
-        asked = asked or await asyncio.to_thread(first_prompt, file, read_as)
-        if asked:
+        if asked := asked or await asyncio.to_thread(first_prompt, file, format):
             await _compare(client, asked, job.publication, max_tokens, json)
     require_success(job)
 

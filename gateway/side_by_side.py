@@ -3,22 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import itertools
 import json
 import sys
-from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
 import typer
 from rich.text import Text
 
 from gateway.terminal_table import print_rows, print_table, table, visible
 from lora_gateway import ChatMessage, GatewayClient, GenerateResponse, Publication
-from trainer.formats import ASSISTANT, USER, BadLine, Turn, detect, parse
-from trainer.lines import read_lines
-from trainer.spec import DatasetFormat
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,28 +73,3 @@ def print_comparison(comparison: Comparison, as_json: bool) -> None:
             ("base model", comparison.base),
             (comparison.name, comparison.version),
         )
-
-
-def first_prompt(file: Path, format: DatasetFormat | None = None) -> list[ChatMessage]:
-    """What precedes the first answer in a dataset, read as it is trained on; empty if no line of it
-    is a row that begins with a question. Without a format: as the lines tell. Blocks on the disk.
-    """
-    try:
-        format = format or detect(read_lines(file))
-        if format is None:
-            return []
-        for line in read_lines(file):
-            with contextlib.suppress(BadLine):
-                if prompt := _before_answer(parse(line, format)):
-                    return prompt
-    except OSError:
-        pass  # it was read when it was uploaded, and may be gone by now
-    return []
-
-
-def _before_answer(turns: Iterable[Turn]) -> list[ChatMessage]:
-    """The turns before the first of the assistant's; none unless the user has the last word."""
-    asked = list(itertools.takewhile(lambda turn: turn.role != ASSISTANT, turns))
-    if not asked or asked[-1].role != USER:
-        return []
-    return [ChatMessage(role=turn.role, content=turn.content) for turn in asked]

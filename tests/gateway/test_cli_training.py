@@ -13,7 +13,7 @@ from pathlib import Path
 import grpc
 import pytest
 
-from gateway.side_by_side import first_prompt
+from gateway.first_prompt import first_prompt
 from lora_gateway import ChatMessage
 from lora_gateway.v1 import inference_pb2
 from lora_gateway.v1 import training_pb2 as pb
