@@ -93,10 +93,12 @@ def gateway_requests_of(self: Any, client_index: int, lora_int_id: int) -> int:
     )
 
 
-def gateway_load(self: Any) -> list[int]:
-    """Requests that run, and requests that wait, over all clients."""
-    running, waiting = self.scheduler.get_request_counts()
-    return [int(running), int(waiting)]
+def gateway_load(self: Any) -> list[float]:
+    """What `engine.generation.Load` holds, in its order, over all clients."""
+    scheduler = self.scheduler
+    running, waiting = scheduler.get_request_counts()
+    deferred = len(scheduler.deferred_waiting)
+    return [running, waiting, deferred, float(scheduler.get_kv_cache_usage())]
 
 
 def gateway_stop(self: Any) -> None:

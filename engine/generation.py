@@ -40,6 +40,19 @@ class VersionKey(NamedTuple):
     version: int
 
 
+class Load(NamedTuple):
+    """What an engine core has to do at one moment, for all of its clients."""
+
+    running: int
+    """Requests in the batch."""
+    waiting: int
+    """Requests that are not in it yet."""
+    deferred: int
+    """Of those that wait, the ones for which adapters of the batch leave no room."""
+    kv_cache_usage: float
+    """Share of the KV cache that is in use, 0 to 1."""
+
+
 @dataclass(frozen=True, slots=True)
 class ServedVersion:
     """One version of an adapter, as a shard loads it and names it to vLLM."""

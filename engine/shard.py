@@ -26,6 +26,7 @@ from engine.generation import (
     Chat,
     ChatMessage,
     GenerationRequest,
+    Load,
     Output,
     Prompt,
     ServedVersion,
@@ -329,10 +330,9 @@ class VllmShard:
         """
         return int(await self.call_core("gateway_requests_of", self._client_index, lora_int_id))
 
-    async def load_figures(self) -> tuple[int, int]:
-        """Requests that run and that wait in the core, of all processes."""
-        running, waiting = await self.call_core("gateway_load")
-        return int(running), int(waiting)
+    async def core_load(self) -> Load:
+        """What the core has to do now, for all processes. Raises ShardUnavailable."""
+        return Load(*await self.call_core("gateway_load"))
 
     def declare_dead(self) -> None:
         """End every request with ShardUnavailable, because the core is known to be dead.

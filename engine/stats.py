@@ -4,6 +4,11 @@ vLLM's Prometheus logger clears every other engine's metrics of the process when
 built (`unregister_vllm_metrics`, vllm/v1/metrics/loggers.py:490) and labels them all
 engine "0". This one keeps them in a registry of ours and adds a `shard` label, so any
 number of shards and processes can report side by side.
+
+Left out are the gauges of the scheduler. A core sends them with a step, to one of its clients, so
+that which process wrote one last says nothing of which step was the last: a slow worker showed
+requests that were long gone, for as long as the engine idled. The host asks the core instead
+(`gateway/shard_gauges.py`).
 """
 
 from __future__ import annotations
@@ -15,6 +20,16 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.metrics import MetricWrapperBase
 from vllm.config import VllmConfig
 from vllm.v1.metrics.loggers import PrometheusStatLogger
+
+SCHEDULER_GAUGES = frozenset(
+    {
+        "vllm:num_requests_running",
+        "vllm:num_requests_waiting",
+        "vllm:num_requests_waiting_by_reason",
+        "vllm:kv_cache_usage_perc",
+    }
+)
+"""Gauges of which there is one for each core, whatever number of processes drive it."""
 
 _REGISTRY = CollectorRegistry()
 _METRICS: dict[str, MetricWrapperBase] = {}
@@ -34,10 +49,22 @@ class _ShardMetric:
         return self._metric.labels(*values, self._shard)
 
 
+class _NotHere:
+    """Stands where vLLM expects a gauge that the host reports."""
+
+    def labels(self, *values: object, **named: object) -> _NotHere:
+        return self
+
+    def set(self, value: float) -> None:
+        pass
+
+
 def _per_shard(kind: type[MetricWrapperBase], shard: str) -> Any:
     def build(
         name: str, documentation: str, labelnames: Iterable[str] = (), **options: Any
-    ) -> _ShardMetric:
+    ) -> _ShardMetric | _NotHere:
+        if name in SCHEDULER_GAUGES:
+            return _NotHere()
         if name not in _METRICS:
             _METRICS[name] = kind(
                 name, documentation, [*labelnames, "shard"], registry=_REGISTRY, **options

@@ -113,8 +113,8 @@ class Evaluations:
         return parse_jsonl(content)
 
     async def _has_capacity(self) -> bool:
-        running, waiting = await self._shard.load_figures()
-        return waiting == 0 and running < self._max_running
+        load = await self._shard.core_load()
+        return load.waiting == 0 and load.running < self._max_running
 
 
 class _Runner:

@@ -32,6 +32,7 @@ from gateway.control import ControlPlane
 from gateway.metrics import MetricsEndpoint
 from gateway.port import HeldPort, PortTaken
 from gateway.settings import Settings
+from gateway.shard_gauges import ShardGauges
 from gateway.workers import WorkerFleet, WorkerProcess
 from store.sqlite_jobs import SqliteJobs
 from store.sqlite_registry import SqliteRegistry
@@ -147,6 +148,7 @@ class Host:
         self._shard = shard = VllmShard.attach(core.take_slot())
         await shard.call_core("gateway_adopt", os.getpid())
         await shard.warm_up()
+        endpoint.add(ShardGauges(settings.model, shard))
         control.serve_on(shard)
         self._watch(control.run())
         for adapter, folder in settings.adapter.items():

@@ -13,6 +13,7 @@ from wsgiref.simple_server import WSGIServer
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
+from prometheus_client.registry import Collector
 
 from engine.core import LATENCY_BUCKETS_S
 from engine.gate import Reason
@@ -118,16 +119,22 @@ class MetricsEndpoint:
     def __init__(self, address: str) -> None:
         """Listen on `HOST:PORT`. Raises OSError if it is taken."""
         self._host, _, port = address.rpartition(":")
-        registry = CollectorRegistry()
-        MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
+        self._registry = CollectorRegistry()
+        MultiProcessCollector(self._registry)  # type: ignore[no-untyped-call]
         self._server: WSGIServer
         self._thread: Thread
-        self._server, self._thread = start_http_server(int(port), self._host.strip("[]"), registry)
+        self._server, self._thread = start_http_server(
+            int(port), self._host.strip("[]"), self._registry
+        )
 
     @property
     def address(self) -> str:
         """`HOST:PORT` with the port in use, when 0 was asked for."""
         return f"{self._host}:{self._server.server_port}"
+
+    def add(self, collector: Collector) -> None:
+        """Show what this one collects, too. It is asked in the thread of each page."""
+        self._registry.register(collector)
 
     def forget_process(self, pid: int) -> None:
         """Drop the gauges of a process that is gone; its counters stay."""

@@ -27,6 +27,7 @@ from engine.errors import AdapterInvalid, GenerationFailed
 from engine.fake import FakeShard, Script
 from engine.generation import (
     GenerationRequest,
+    Load,
     Output,
     PositionLogprobs,
     ServedVersion,
@@ -70,7 +71,7 @@ class LoadableShard(FakeShard):
         self.may_load.set()
         self.loading = asyncio.Event()
         """Set once a load began."""
-        self.figures = (0, 0)
+        self.load_now = Load(0, 0, 0, 0.0)
         """Requests that run and wait in the engine."""
 
     async def load(self, version: ServedVersion) -> None:
@@ -89,8 +90,8 @@ class LoadableShard(FakeShard):
     async def requests_of(self, lora_int_id: int) -> int:
         return 0
 
-    async def load_figures(self) -> tuple[int, int]:
-        return self.figures
+    async def core_load(self) -> Load:
+        return self.load_now
 
     async def generate(
         self, request: GenerationRequest, prompt: RenderedPrompt, version: ServedVersion | None

@@ -13,7 +13,7 @@ import pytest_asyncio
 
 from engine import evaluation
 from engine.errors import GenerationFailed, ShardUnavailable
-from engine.generation import VersionKey
+from engine.generation import Load, VersionKey
 from lora_gateway.v1 import adapters_pb2 as pb
 from lora_gateway.v1 import inference_pb2
 from tests.gateway.control_plane import TENANT, TIMEOUT_S, Plane, control_plane, named
@@ -155,17 +155,17 @@ async def test_a_version_that_is_not_loaded_is_loaded_for_it(plane: Plane) -> No
 # --- live traffic comes first ------------------------------------------------
 
 
-@pytest.mark.parametrize("figures", [(4, 0), (0, 1), (100, 100)])
+@pytest.mark.parametrize("load", [Load(4, 0, 0, 0.1), Load(0, 1, 0, 0.1), Load(100, 100, 0, 1.0)])
 async def test_nothing_is_generated_while_live_requests_need_the_engine(
-    figures: tuple[int, int], plane: Plane, monkeypatch: pytest.MonkeyPatch
+    load: Load, plane: Plane, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(evaluation, "POLL_INTERVAL_S", 0.01)
-    plane.shard.figures = figures
+    plane.shard.load_now = load
     asked = request(example(expected=ANSWER), scorers=[EXACT])
     evaluating = asyncio.ensure_future(evaluate(plane, asked))
     assert not (await asyncio.wait([evaluating], timeout=0.2))[0]
     assert not plane.shard.running
-    plane.shard.figures = (3, 0)
+    plane.shard.load_now = Load(3, 0, 0, 0.1)
     assert (await evaluating)[-1].scores[0].mean == 1
 
 
@@ -267,10 +267,10 @@ async def test_a_version_that_cannot_be_loaded_ends_it(plane: Plane) -> None:
 
 
 async def test_an_engine_that_dies_ends_it(plane: Plane, monkeypatch: pytest.MonkeyPatch) -> None:
-    async def dead() -> tuple[int, int]:
+    async def dead() -> Load:
         raise ShardUnavailable("shard-0")
 
-    monkeypatch.setattr(plane.shard, "load_figures", dead)
+    monkeypatch.setattr(plane.shard, "core_load", dead)
     asked = request(example(expected="x"), scorers=[EXACT])
     refusal = await refused(evaluate(plane, asked))
     assert refusal.reason == "SHARD_UNAVAILABLE"
