@@ -162,6 +162,13 @@ def always(self: Any) -> bool:
 
 
 def _mend_cpu_kernels() -> None:
+    import torch
+
+    # Linux gives the registers of AMX to processes that ask. vLLM's attention in bfloat16 uses them
+    # and asks for nothing (vllm/v1/attention/backends/cpu_attn.py:544): the first request ended the
+    # engine with an illegal instruction on an Intel Xeon.
+    torch.cpu._init_amx()
+
     from vllm.lora.ops.torch_ops import lora_ops
     from vllm.lora.punica_wrapper import punica_cpu
 

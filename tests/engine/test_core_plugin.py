@@ -76,3 +76,11 @@ def test_logits_are_those_of_the_base_head() -> None:
     assert answer(layer, "rows", plain) == "logits"  # type: ignore[arg-type]
     assert answer(layer, "rows", wrapped, "bias", True) == "logits"  # type: ignore[arg-type]
     assert asked == [("rows", plain, None, False), ("rows", "plain head", "bias", True)]
+
+
+def test_amx_is_asked_for_in_each_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a processor that has it, an engine in bfloat16 ends with SIGILL without."""
+    asked: list[bool] = []
+    monkeypatch.setattr(torch.cpu, "_init_amx", lambda: asked.append(True))
+    core_plugin.register()
+    assert asked
