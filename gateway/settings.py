@@ -325,9 +325,6 @@ def prepare_environment(settings: Settings, metrics_dir: Path) -> None:
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "TRANSFORMERS_VERBOSITY": "error",
         "TOKENIZERS_PARALLELISM": "false",
-        # Training processes are forked and become another program at once: nothing of gRPC
-        # goes on in them, and it would say with each that it looked.
-        "GRPC_ENABLE_FORK_SUPPORT": "false",
         # Notes of torch and of third parties' code, once per process: not for operators.
         "TORCH_CPP_LOG_LEVEL": "ERROR",
         "PYTHONWARNINGS": "ignore::FutureWarning",

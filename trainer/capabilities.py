@@ -8,14 +8,17 @@ The libraries are looked up and not imported: that takes milliseconds and no mem
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import importlib.metadata
 import importlib.util
+import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from trainer.child import child_process
 from trainer.errors import TrainingUnavailable
 from trainer.spec import Backend
 
@@ -74,35 +77,31 @@ async def installed_for(python: str, environment: Mapping[str, str]) -> Installe
     """What that interpreter has. Raises TrainingUnavailable if it does not run."""
     if python == sys.executable:
         return await asyncio.to_thread(installed)
-    try:
-        process = await asyncio.create_subprocess_exec(
-            python,
-            "-m",
-            __spec__.name,
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.PIPE,
-            env=environment,
-        )
-    except OSError as error:
-        raise TrainingUnavailable(
-            f"the interpreter for training does not start ({error.strerror}): {python}"
-        ) from error
-    said: list[str] = []
-    try:
-        async with asyncio.timeout(QUERY_S):
-            answer, complaint = await process.communicate()
-        said = complaint.decode(errors="replace").split("\n")
-        return Installed.model_validate_json(answer)
-    except (TimeoutError, ValidationError) as error:
-        last = next((line for line in reversed(said) if line.strip()), "it does not answer")
-        raise TrainingUnavailable(
-            f"the interpreter for training does not run this release's trainer package: {last}"
-        ) from error
-    finally:
-        if process.returncode is None:
-            process.kill()
-            await process.wait()
+    async with contextlib.AsyncExitStack() as owned:
+        try:
+            child = await owned.enter_async_context(
+                child_process(
+                    (python, "-m", __spec__.name),
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE,
+                    env=environment,
+                )
+            )
+        except OSError as error:
+            raise TrainingUnavailable(
+                f"the interpreter for training does not start ({error.strerror}): {python}"
+            ) from error
+        said: list[str] = []
+        try:
+            answer, complaint = await asyncio.to_thread(child.communicate, timeout=QUERY_S)
+            said = complaint.decode(errors="replace").split("\n")
+            return Installed.model_validate_json(answer)
+        except (subprocess.TimeoutExpired, ValidationError) as error:
+            last = next((line for line in reversed(said) if line.strip()), "it does not answer")
+            raise TrainingUnavailable(
+                f"the interpreter for training does not run this release's trainer package: {last}"
+            ) from error
 
 
 if __name__ == "__main__":

@@ -13,13 +13,14 @@ import hashlib
 import json
 import logging
 import os
-import signal
+import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from store.job_records import DatasetRecord
 from store.upload_folder import StorageFull
+from trainer.child import child_process, exit_code
 from trainer.environment import OFFLINE, QUIET, without_secrets
 from trainer.errors import DatasetInvalid, TrainingUnavailable
 from trainer.prepare_plan import EXIT_STORAGE_FULL, PreparePlan
@@ -182,33 +183,27 @@ class Preparations:
 
     async def _run(self, made: Path) -> None:
         """Run the process in its folder. Raises StorageFull and TrainingUnavailable."""
-        with await asyncio.to_thread((made / LOG_FILE).open, "wb") as log:
+        command = (self._python, "-m", "trainer.prepare", str(made))
+        async with contextlib.AsyncExitStack() as owned:
+            log = owned.enter_context(await asyncio.to_thread((made / LOG_FILE).open, "wb"))
             try:
-                process = await asyncio.create_subprocess_exec(
-                    self._python,
-                    "-m",
-                    "trainer.prepare",
-                    str(made),
-                    # Never written to: it is closed when we die, and the process ends then.
-                    stdin=asyncio.subprocess.PIPE,
-                    stdout=log,
-                    stderr=asyncio.subprocess.STDOUT,
-                    cwd=made,
-                    env=self._environment,
-                    start_new_session=True,
+                child = await owned.enter_async_context(
+                    child_process(
+                        command,
+                        # Never written to: it is closed when we die, and the process ends then.
+                        stdin=subprocess.PIPE,
+                        stdout=log,
+                        stderr=subprocess.STDOUT,
+                        cwd=made,
+                        env=self._environment,
+                    )
                 )
             except OSError as error:
                 raise TrainingUnavailable(
                     f"the interpreter for training does not start ({error.strerror}): "
                     f"{self._python}"
                 ) from error
-        try:
-            code = await process.wait()
-        finally:
-            if process.returncode is None:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
-                await process.wait()
+            code = await exit_code(child)
         if code:
             raise await asyncio.to_thread(_failure, made / LOG_FILE, code)
 

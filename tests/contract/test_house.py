@@ -39,6 +39,13 @@ def test_no_module_has_a_name_that_says_nothing() -> None:
     assert not {name for name in names if SAYS_NOTHING & set(name.lower().split("_"))}
 
 
+def test_no_event_loop_starts_a_process() -> None:
+    """uvloop would fork beside gRPC, and some of the children crash (trainer/child.py)."""
+    ours = [path for path in python_files() if "tests" not in path.parts]
+    assert ours
+    assert not [str(path) for path in ours if "create_subprocess_" in path.read_text()]
+
+
 def test_locks_pin_every_line_and_name_no_index() -> None:
     for lock in (CPU, CUDA, DEV, "proto.txt", "uv.txt"):
         lines = (REQUIREMENTS / lock).read_text().splitlines()
