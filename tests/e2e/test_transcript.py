@@ -85,6 +85,7 @@ def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GatewayProcess
 
 
 # Most of it is the start of a real model, which is converted first.
+@pytest.mark.slow
 @pytest.mark.timeout(480)
 def test_the_transcript_prints_what_it_shows(gateway: GatewayProcess) -> None:
     todo = list(steps(PAGE.read_text()))

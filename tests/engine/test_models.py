@@ -220,7 +220,7 @@ def test_tiny_agrees_with_itself_on_the_special_tokens(tiny: Path) -> None:
     assert tokenizer.eos_token == "<|im_end|>"
 
 
-@pytest.mark.parametrize("name", ["tiny", "tiny-1layer"])
+@pytest.mark.parametrize("name", ["tiny", pytest.param("tiny-1layer", marks=pytest.mark.slow)])
 def test_tiny_answers_each_prompt_differently_and_at_length(name: str, state_dir: Path) -> None:
     from transformers import AutoTokenizer
 
