@@ -10,7 +10,7 @@ Rows, masks, order, effective batch and steps are the same for all parts:
     plain-4, -8  the same with more rows at once, for PEFT's own best
     equal      the training process, Unsloth, in the same shape
     fitted     the training process, Unsloth, that finds its own shape
-    peft       the training process, PEFT, that finds its own shape (not in the default parts)
+    peft       the training process, PEFT, that finds its own shape, without checkpointing if it fits
 
 Results are printed as they come, and kept in --folder, so parts may be run one by one (--parts).
 """
@@ -33,7 +33,7 @@ from trainer.events import WorkerEvent, WorkerEventKind
 from trainer.run_folder import RunExit, RunFolder, RunPlan, write_whole
 from trainer.spec import Backend, JobSpec
 
-PARTS = ("model", "plain-2", "plain-4", "plain-8", "equal", "fitted")
+PARTS = ("model", "plain-2", "plain-4", "plain-8", "equal", "fitted", "peft")
 ROOT = Path(__file__).parents[2]
 ROWS_A_STEP = 8
 GIB = 1024**3
