@@ -10,7 +10,7 @@ Rows, masks, order, effective batch and steps are the same for all parts:
     plain-4, -8  the same with more rows at once, for PEFT's own best
     equal      the training process, Unsloth, in the same shape
     fitted     the training process, Unsloth, that finds its own shape
-    peft       the training process, PEFT, that finds its own shape, without checkpointing if it fits
+    peft       the training process, PEFT, that finds its own shape
 
 Results are printed as they come, and kept in --folder, so parts may be run one by one (--parts).
 """
