@@ -10,6 +10,7 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
+from trainer.cgroup import cgroup_memory
 from trainer.errors import TrainingUnavailable
 
 CPU = "cpu"
@@ -52,10 +53,20 @@ def device_facts(device: Device) -> DeviceFacts:
     return _gpu_facts(device) if device.on_gpu else _cpu_facts()
 
 
-def _cpu_facts(meminfo: Path = Path("/proc/meminfo")) -> DeviceFacts:
-    fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
+def _cpu_facts() -> DeviceFacts:
+    total, available = cpu_memory()
+    return DeviceFacts(total, available, bfloat16=cpu_computes_in_bfloat16())
+
+
+def cpu_memory(root: Path = Path("/")) -> tuple[int, int]:
+    """Bytes of memory for the CPU, and those that are available: the machine's, or what a
+    container may have of them. `root` has `proc` and `sys`."""
+    lines = (root / "proc/meminfo").read_text().splitlines()
+    fields = dict(line.split(":", 1) for line in lines)
     total, available = (int(fields[name].split()[0]) * KIB for name in ("MemTotal", "MemAvailable"))
-    return DeviceFacts(total, min(total, available), bfloat16=cpu_computes_in_bfloat16())
+    for group in cgroup_memory(root):
+        total, available = min(total, group.limit_bytes), min(available, group.available_bytes)
+    return total, min(total, available)
 
 
 def cpu_computes_in_bfloat16() -> bool:
