@@ -20,8 +20,8 @@ from trainer.run_folder import RunFolder, RunPlan
 from trainer.served import ServedModel
 from trainer.spec import DatasetFormat, DataSpec, JobSpec
 
-MEMORY_SHARE_GPU, MEMORY_SHARE_CPU = 0.95, 0.8
-"""Of what is free on the device when a run starts; the rest is left to those beside it."""
+MEMORY_SHARE = 0.95
+"""Of what is free on a GPU when a run starts; the rest is left to those beside it."""
 
 
 class Preparer(Protocol):
@@ -88,8 +88,6 @@ class Means:
         Raises DatasetInvalid, or TrainingUnavailable if the device does not answer.
         """
         rows = await self.rows(job)
-        facts = await asyncio.to_thread(device_facts, device)
-        share = MEMORY_SHARE_GPU if device.on_gpu else MEMORY_SHARE_CPU
         return RunPlan(
             tenant=job.tenant,
             job=job.name,
@@ -103,5 +101,16 @@ class Means:
             dataset_sha256=rows.dataset.sha256,
             rows=str(rows.prepared.folder),
             eval_rows="" if rows.held_out is None else str(rows.held_out.folder),
-            memory_bytes=int(share * facts.memory_available_bytes),
+            memory_bytes=await asyncio.to_thread(_memory_bytes, device),
         )
+
+
+def _memory_bytes(device: Device) -> int:
+    """What a run may take of the device; 0: it is given no limit. Raises TrainingUnavailable.
+
+    A limit is there to be tried out (`fit_micro_batch`), and on a CPU that would take the memory
+    from serving, or have the kernel end one of the two.
+    """
+    if not device.on_gpu:
+        return 0
+    return int(MEMORY_SHARE * device_facts(device).memory_available_bytes)

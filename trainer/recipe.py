@@ -109,8 +109,8 @@ class Recipe:
             self._tell(
                 Notice(
                     code="MICRO_BATCH_NOT_FITTED",
-                    message="fit_micro_batch needs a limit of memory on a CPU, and none is set: "
-                    "rows at once stay as asked for",
+                    message="fit_micro_batch tries out a GPU's memory, and a CPU's is shared with "
+                    "serving: rows at once stay as asked for",
                 )
             )
             return

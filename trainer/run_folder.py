@@ -66,7 +66,7 @@ class RunPlan(Message):
     eval_rows: str = ""
     """The same of the eval dataset. Empty: a fraction of `rows` is held out."""
     memory_bytes: int = 0
-    """What it may take of the device; 0: all of it."""
+    """What it may take of a GPU; 0: all of it. Always 0 on a CPU, which has no limit to try out."""
 
 
 class StopRequest(Message):

@@ -61,7 +61,6 @@ async def test_the_plan_says_all_that_a_process_has_to_know(tmp_path: Path) -> N
     assert plan.dataset_sha256 == dataset.sha256
     assert plan.rows == str(tmp_path / "prepared") and plan.eval_rows == ""
     assert plan.spec.lora.r == 32 and plan.spec.hyperparameters.learning_rate == 2e-4
-    assert plan.memory_bytes > 2**28
 
 
 async def test_a_job_that_does_not_publish_says_so(tmp_path: Path) -> None:

@@ -1,11 +1,20 @@
 from __future__ import annotations
 
+import stat
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from tests.trainer.job_stage import TENANT, Stage, stage
 from tests.trainer.training_run import start, write_rows
+from trainer.devices import CPU
+from trainer.devices import Device as Named
+from trainer.events import Notice
+from trainer.memory import memory_of
 from trainer.micro_batch import Probe, Shape, divisors, fit, fitted
+from trainer.recipe import Recipe
+from trainer.run_folder import RunFolder, RunPlan
 from trainer.spec import Backend, GradientCheckpointing, Hyperparameters
 
 OFF, UNSLOTH = GradientCheckpointing.OFF, GradientCheckpointing.UNSLOTH
@@ -128,3 +137,40 @@ def test_without_a_limit_a_cpu_keeps_what_was_asked_for(
     ended = start(tmp_path / "run", tiny, rows, fields).wait()
     assert ended.code == 0 and "MICRO_BATCH_NOT_FITTED" in ended.notices
     assert ended.effective.hyperparameters.micro_batch_size == 2
+
+
+async def plan_of_the_host(s: Stage, device: str) -> RunPlan:
+    """What a job that asks for the most rows at once is started with."""
+    asked = Hyperparameters(fit_micro_batch=True)
+    spec = s.spec().model_copy(update={"hyperparameters": asked})
+    job = await s.jobs.create(TENANT, spec, name="one")
+    return await s.jobs._means.plan(job, Named(device))
+
+
+async def test_a_cpu_is_never_tried_for_memory_that_serving_needs(tmp_path: Path) -> None:
+    async with stage(tmp_path) as s:
+        plan = await plan_of_the_host(s, CPU)
+    assert plan.spec.hyperparameters.fit_micro_batch is True
+    told: list[Notice] = []
+
+    class Events:
+        def notice(self, notice: Notice) -> None:
+            told.append(notice)
+
+    events: Any = Events()
+    nothing: Any = None
+    recipe = Recipe(plan, RunFolder(tmp_path), nothing, nothing, events)
+    recipe._fit(nothing, nothing, memory_of(on_gpu=False, limit_bytes=plan.memory_bytes))
+    assert [notice.code for notice in told] == ["MICRO_BATCH_NOT_FITTED"]
+
+
+async def test_a_gpu_is_tried_for_what_was_free_when_the_run_began(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text("#!/bin/sh\necho 81559, 70000, 9.0\n")
+    smi.chmod(smi.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    async with stage(tmp_path) as s:
+        plan = await plan_of_the_host(s, "0")
+    assert 0.9 * 70000 * 2**20 < plan.memory_bytes < 70000 * 2**20
