@@ -32,6 +32,9 @@ class SettingsError(Exception):
 _HOST_AND_PORT = re.compile(r"(\[[^\[\]]+\]|[^\[\]:]+):([0-9]{1,5})")
 """An IPv6 address stands in brackets, or nobody could tell where its port begins."""
 
+AUTO, NO_DEVICE = "auto", "none"
+"""Of --training-devices, in place of devices."""
+
 PRICE = re.compile(r"([0-9]+(?:\.[0-9]+)?) ([A-Z]{3})")
 """An amount and the three letters of a currency."""
 
@@ -118,9 +121,9 @@ class Settings(BaseSettings):
     )
 
     training_devices: Annotated[list[str], NoDecode] = Field(
-        default_factory=list,
-        description="cpu, or numbers of GPUs, that train; repeatable. Default: cpu where the "
-        "engine runs on it, else none.",
+        default_factory=lambda: [AUTO],
+        description="cpu, or numbers of GPUs, that train; repeatable. none turns training off; "
+        "auto takes the cpu where the engine runs on it.",
     )
     training_python: Path | None = Field(
         None, description="Interpreter of training processes. Default: this one."
@@ -177,12 +180,16 @@ class Settings(BaseSettings):
     def _parse_devices(cls, value: object) -> object:
         """A list from flags, comma-separated from the environment."""
         entries = value if isinstance(value, list) else [value]
-        return [part for entry in entries for part in str(entry).split(",") if part]
+        return [part for entry in entries for part in str(entry).split(",") if part] or [AUTO]
 
     @field_validator("training_devices")
     @classmethod
     def _check_devices(cls, value: list[str]) -> list[str]:
+        if len(value) == 1 and value[0] in (AUTO, NO_DEVICE):
+            return value
         for device in value:
+            if device in (AUTO, NO_DEVICE):
+                raise ValueError(f"{device} stands alone; leave it out, or the others")
             if device != "cpu" and not (device.isascii() and device.isdecimal()):
                 raise ValueError(f"{device!r} is neither cpu nor the number of a GPU")
         if len(set(value)) != len(value):
@@ -242,8 +249,10 @@ class Settings(BaseSettings):
 
     @property
     def devices_that_train(self) -> list[str]:
-        """As told; else the CPU if the engine runs on it, because a GPU is the engine's alone."""
-        return self.training_devices or (["cpu"] if _engine_runs_on_cpu() else [])
+        """As told; by itself the CPU if the engine runs on it: a GPU is the engine's alone."""
+        if self.training_devices == [AUTO]:
+            return ["cpu"] if _engine_runs_on_cpu() else []
+        return [device for device in self.training_devices if device != NO_DEVICE]
 
     @property
     def reflection_on(self) -> bool:

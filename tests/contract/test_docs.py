@@ -62,8 +62,7 @@ def shown(default: object) -> str:
         case None:
             return "none"
         case dict() | list():
-            assert not default
-            return "none"
+            return ",".join(default) or "none"
         case bool():
             return "on" if default else "off"
         case float():

@@ -196,6 +196,22 @@ async def test_a_preview_shows_what_is_trained_on(stub: Any) -> None:
 # --- jobs --------------------------------------------------------------------
 
 
+async def test_a_gateway_that_trains_nothing_says_so_and_reads_datasets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: Path
+) -> None:
+    async with control_plane(
+        tmp_path, monkeypatch, model=model, shapes=SHAPES, training_devices=["none"]
+    ) as plane:
+        stub: Any = TrainingStub(plane.gateway.channel)
+        assert not (await stub.GetCapabilities(pb.GetCapabilitiesRequest())).devices
+        await upload(stub, CONTENT * 20)
+        assert (await stub.ValidateDataset(pb.ValidateDatasetRequest(dataset="faq"))).report.valid
+        spec = pb.JobSpec(dataset="faq", adapter="marta")
+        refusal = await refused(stub.CreateJob(pb.CreateJobRequest(spec=spec)))
+        assert refusal.reason == "TRAINING_UNAVAILABLE"
+        assert "--training-devices" in refusal.message
+
+
 @pytest.mark.parametrize(
     ("data", "reason", "field"),
     [

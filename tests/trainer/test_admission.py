@@ -85,7 +85,8 @@ async def test_what_could_not_be_served_is_refused_with_all_findings(tmp_path: P
 
 async def test_without_a_device_nothing_is_trained(tmp_path: Path) -> None:
     async with stage(tmp_path, devices=[]) as s:
-        assert "no device" in await refusal(s, spec(), TrainingUnavailable)
+        said = await refusal(s, spec(), TrainingUnavailable)
+        assert "no device" in said and "--training-devices" in said
         assert (await s.jobs.capabilities()).devices == ()
 
 
