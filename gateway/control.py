@@ -79,6 +79,7 @@ class ControlPlane:
         registry: Registry,
         jobs: JobStore,
         fleet: WorkerFleet,
+        training_environment: Mapping[str, str],
     ) -> None:
         self.address = f"unix:{socket_path}"
         """Where workers reach it, as gRPC names it."""
@@ -93,7 +94,7 @@ class ControlPlane:
         self._judgement = Judgement(registry, self._ledger, self._arms, self._processes)
         self._admission = Admission(MAX_STREAMS)
         self._tracing = Tracing(settings.otlp_endpoint)
-        self._training = TrainingPlane(settings, state_dir, jobs)
+        self._training = TrainingPlane(settings, state_dir, jobs, training_environment)
         self._served: ServedModel | None = None
         self._shapes: ModuleShapes = {}
         self._residencies: dict[str, Residency] = {}

@@ -14,7 +14,7 @@ import contextlib
 import logging
 import os
 import signal
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -56,10 +56,14 @@ class Stopped(Exception):
 class Host:
     """One gateway from start to exit. `run` owns all that it starts, and ends it."""
 
-    def __init__(self, settings: Settings, run_dir: Path) -> None:
-        """`run_dir` is a folder of this user's alone, with a short path, for the socket."""
+    def __init__(
+        self, settings: Settings, run_dir: Path, training_environment: Mapping[str, str]
+    ) -> None:
+        """`run_dir` is a folder of this user's alone, with a short path, for the socket;
+        `training_environment` is what training processes inherit."""
         self._settings = settings
         self._run_dir = run_dir
+        self._training_environment = training_environment
         self._stop = asyncio.Event()
         self._watchers: list[asyncio.Task[None]] = []
         self._failure: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -130,7 +134,13 @@ class Host:
             lambda message: control.hear(message),
         )
         self._control = control = ControlPlane(
-            settings, state.path, self._run_dir / "control.sock", registry, jobs, fleet
+            settings,
+            state.path,
+            self._run_dir / "control.sock",
+            registry,
+            jobs,
+            fleet,
+            self._training_environment,
         )
         self._owned.push_async_callback(control.close)  # while the registry is open
         self._watch(fleet.run())

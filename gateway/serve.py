@@ -6,10 +6,16 @@ import shutil
 import sqlite3
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from gateway.settings import Settings, SettingsError, configure_logging, prepare_environment
+from gateway.settings import (
+    Settings,
+    SettingsError,
+    configure_logging,
+    prepare_environment,
+    training_environment_base,
+)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -23,14 +29,14 @@ def main(argv: Sequence[str]) -> int:
     try:
         # prometheus_client and vLLM read the environment when they are imported, so
         # everything below is imported only now.
-        prepare_environment(settings, run_dir)
+        found = prepare_environment(settings, run_dir)
         configure_logging()
-        return _run(settings, run_dir)
+        return _run(settings, run_dir, training_environment_base(settings, found))
     finally:
         shutil.rmtree(run_dir, ignore_errors=True)
 
 
-def _run(settings: Settings, run_dir: Path) -> int:
+def _run(settings: Settings, run_dir: Path, training_environment: Mapping[str, str]) -> int:
     import uvloop
 
     from engine.errors import EngineError
@@ -43,7 +49,7 @@ def _run(settings: Settings, run_dir: Path) -> int:
     from store.upload_folder import StorageFull
 
     async def run() -> int:
-        return await Host(settings, run_dir).run()
+        return await Host(settings, run_dir, training_environment).run()
 
     try:
         return uvloop.run(run())

@@ -1,7 +1,8 @@
 """Settings of `gateway serve`: flags, `GATEWAY_*` variables, defaults, and what they mean.
 
 The one file that touches the process environment: `Settings.from_argv` reads it,
-`prepare_environment` writes what the libraries below want to find there.
+`prepare_environment` writes what the libraries below want to find there, and hands on what it
+found to `training_environment_base`.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import os
 import re
 import ssl
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Annotated, Literal, Self
@@ -255,6 +256,11 @@ class Settings(BaseSettings):
         return [device for device in self.training_devices if device != NO_DEVICE]
 
     @property
+    def python_that_trains(self) -> str:
+        """As told, else this one."""
+        return str(self.training_python or sys.executable)
+
+    @property
     def reflection_on(self) -> bool:
         """Whether to offer reflection: as told, else on loopback only."""
         return is_loopback(self.listen) if self.reflection is None else self.reflection
@@ -317,12 +323,14 @@ def is_loopback(address: str) -> bool:
         return False
 
 
-def prepare_environment(settings: Settings, metrics_dir: Path) -> None:
+def prepare_environment(settings: Settings, metrics_dir: Path) -> dict[str, str]:
     """Set what vLLM, transformers and prometheus_client read from the environment.
 
     Called once in the host, before any of them is imported; its children inherit it. What
-    an operator has set stays, but for the two that are needed for correctness.
+    an operator has set stays, but for the two that are needed for correctness. Returns the
+    environment as it was.
     """
+    found = dict(os.environ)
     os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(metrics_dir)
     # The default is fork, which is not safe beside grpc's threads (ADR 0002).
     os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
@@ -343,14 +351,25 @@ def prepare_environment(settings: Settings, metrics_dir: Path) -> None:
         # With LoRA vLLM compiles no model on a CPU, but a few helpers, each for seconds, and
         # some of them when the first caller asks for log probabilities (24 s seen).
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
-    # Plain `python` on a console script's path finds ninja and others beside it.
-    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    os.environ["PATH"] = _path_from(sys.executable, found)
+    return found
 
 
-def training_environment_base() -> dict[str, str]:
-    """What training processes inherit. They outlive the gateway, so not what is its alone."""
+def training_environment_base(settings: Settings, found: Mapping[str, str]) -> dict[str, str]:
+    """What training processes inherit: what `prepare_environment` found, but for the engine's.
+
+    Not what it has set, nor what vLLM sets when it is imported: those are for an engine, which
+    may be of another device and another interpreter. With TORCHDYNAMO_DISABLE of an engine on
+    the CPU, training on a GPU would compile nothing.
+    """
     own = ("PROMETHEUS_MULTIPROC_DIR", "VLLM_")
-    return {name: value for name, value in os.environ.items() if not name.startswith(own)}
+    kept = {name: value for name, value in found.items() if not name.startswith(own)}
+    return {**kept, "PATH": _path_from(settings.python_that_trains, found)}
+
+
+def _path_from(python: str, found: Mapping[str, str]) -> str:
+    """Plain `python` on a console script's path finds ninja and others beside it."""
+    return f"{Path(python).parent}{os.pathsep}{found.get('PATH', '')}"
 
 
 def _engine_runs_on_cpu() -> bool:

@@ -9,7 +9,7 @@ Owned by the control plane, which opens, runs and closes it.
 
 from __future__ import annotations
 
-import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from engine.base_model import ModuleShapes
@@ -21,7 +21,7 @@ from gateway.checkpoint_sources import TRAIN_SCHEME, CheckpointSources
 from gateway.gating import CheckpointGate
 from gateway.preview import Previews
 from gateway.publishing import CatalogPublisher
-from gateway.settings import PRICE, Settings, training_environment_base
+from gateway.settings import PRICE, Settings
 from gateway.training import Training
 from store.datasets import DatasetFiles
 from store.jobs import JobStore
@@ -39,8 +39,12 @@ from trainer.served import ServedModel
 class TrainingPlane:
     """Everything about training in one gateway."""
 
-    def __init__(self, settings: Settings, state_dir: Path, store: JobStore) -> None:
+    def __init__(
+        self, settings: Settings, state_dir: Path, store: JobStore, environment: Mapping[str, str]
+    ) -> None:
+        """`environment` is what training processes inherit."""
         self._settings = settings
+        self._environment = environment
         self._state_dir = state_dir
         self._store = store
         self._files = DatasetFiles(state_dir)
@@ -69,8 +73,8 @@ class TrainingPlane:
         admission: Admission,
     ) -> Training:
         """The servicer, which renders on `shard` and publishes into `catalog`."""
-        settings, environment = self._settings, training_environment_base()
-        python = str(settings.training_python or sys.executable)
+        settings, environment = self._settings, self._environment
+        python = settings.python_that_trains
         self._preparations = preparations = Preparations(
             self._state_dir, served, environment, python=python
         )

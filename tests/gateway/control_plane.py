@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import hashlib
 import json
+import os
 from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -210,7 +211,13 @@ async def control_plane(
     database = state / "registry.sqlite"
     async with SqliteRegistry(database) as registry, SqliteJobs(database) as jobs:
         control = ControlPlane(
-            options, state, folder / "c.sock", registry, jobs, fleet or fleet_without_workers()
+            options,
+            state,
+            folder / "c.sock",
+            registry,
+            jobs,
+            fleet or fleet_without_workers(),
+            os.environ,
         )
         await control.open()
         control.check_for(model, shapes or {}, SERVED, "bfloat16")

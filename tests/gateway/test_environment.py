@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from gateway import settings as settings_module
-from gateway.settings import Settings, prepare_environment
+from gateway.settings import Settings, prepare_environment, training_environment_base
 
 DEFAULTED = {
     "VLLM_LOGGING_LEVEL": "ERROR",
@@ -80,3 +80,37 @@ def test_helpers_are_compiled_where_an_operator_wants_it(
     environment["TORCHDYNAMO_DISABLE"] = "0"
     prepare_environment(Settings(), tmp_path)
     assert environment["TORCHDYNAMO_DISABLE"] == "0"
+
+
+# --- what training inherits --------------------------------------------------
+
+
+def test_training_inherits_nothing_that_is_for_the_engine(
+    environment: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(settings_module, "_engine_runs_on_cpu", lambda: True)
+    mine = {"LANG": "C", "PATH": "/usr/bin"}
+    environment.clear()  # pytest writes into it, too
+    environment.update(mine | {"VLLM_LOGGING_LEVEL": "INFO"})
+    found = prepare_environment(Settings(), tmp_path)
+    environment["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # as vLLM does when it is imported
+    assert environment["TORCHDYNAMO_DISABLE"] == "1"
+    base = training_environment_base(Settings(), found)
+    assert base == mine | {"PATH": f"{Path(sys.executable).parent}:/usr/bin"}
+
+
+def test_training_inherits_what_an_operator_has_set(
+    environment: dict[str, str], tmp_path: Path
+) -> None:
+    mine = {"TORCHDYNAMO_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "info", "PYTHONWARNINGS": "error"}
+    environment.update(mine)
+    found = prepare_environment(Settings(), tmp_path)
+    assert training_environment_base(Settings(), found).items() >= mine.items()
+
+
+def test_programs_beside_the_python_that_trains_are_found_first(tmp_path: Path) -> None:
+    python = tmp_path / "other" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.touch()
+    base = training_environment_base(Settings(training_python=python), {"PATH": "/usr/bin"})
+    assert base["PATH"].split(os.pathsep) == [str(python.parent), "/usr/bin"]
