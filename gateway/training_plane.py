@@ -76,7 +76,11 @@ class TrainingPlane:
         settings, environment = self._settings, self._environment
         python = settings.python_that_trains
         self._preparations = preparations = Preparations(
-            self._state_dir, served, environment, python=python
+            self._state_dir,
+            served,
+            environment,
+            python=python,
+            digests=self._store.dataset_digests,
         )
         self._jobs = jobs = Jobs(
             self._store,

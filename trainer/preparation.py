@@ -14,7 +14,7 @@ import json
 import logging
 import os
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from trainer.child import child_process, exit_code
 from trainer.environment import OFFLINE, QUIET, without_secrets
 from trainer.errors import DatasetInvalid, TrainingUnavailable
 from trainer.prepare_plan import EXIT_STORAGE_FULL, PreparePlan
-from trainer.prepared_folders import PreparedFolders
+from trainer.prepared_folders import PreparedFolders, dataset_of
 from trainer.preview import Previewer, TokenPreview
 from trainer.report import DatasetReport
 from trainer.served import ServedModel
@@ -72,10 +72,18 @@ class Preparations:
     """Reads datasets for one model. Nobody else may use `root / "prepared"`."""
 
     def __init__(
-        self, root: Path, served: ServedModel, environment: Mapping[str, str], *, python: str
+        self,
+        root: Path,
+        served: ServedModel,
+        environment: Mapping[str, str],
+        *,
+        python: str,
+        digests: Callable[[], Awaitable[Collection[str]]],
     ) -> None:
-        """`python` is the interpreter that reads, in that environment."""
+        """`python` is the interpreter that reads, in that environment; `digests` tells the
+        SHA-256 of all datasets that there are."""
         self._folders = PreparedFolders(root)
+        self._digests = digests
         self._served = served
         self._python = python
         self._environment = _environment(environment)
@@ -172,13 +180,24 @@ class Preparations:
         try:
             await to_the_end(asyncio.to_thread(self._folders.begin, made, plan))
             await self._run(made)
-            report = await to_the_end(asyncio.to_thread(self._folders.finish, made, name))
+            report = await to_the_end(self._finish(made, name))
         finally:
             await to_the_end(asyncio.to_thread(self._folders.drop, made))
         try:
             await asyncio.to_thread(self._folders.prune)
         except OSError as error:  # the rows are there all the same
             logger.warning("prepared rows that are too many cannot be removed: %s", error)
+        return report
+
+    async def _finish(self, made: Path, name: str) -> DatasetReport:
+        report = await asyncio.to_thread(self._folders.finish, made, name)
+        # Asked after it has its name: who deletes a dataset forgets it first, and then removes
+        # the folders that have theirs. One of the two finds this one.
+        try:
+            if dataset_of(name) not in await self._digests():
+                await asyncio.to_thread(self._folders.remove, name)
+        except Exception:  # the next start removes it
+            logger.exception("whether a dataset was deleted cannot be told")
         return report
 
     async def _run(self, made: Path) -> None:

@@ -31,6 +31,11 @@ loads."""
 _PARTIAL = ".partial-"
 
 
+def dataset_of(name: str) -> str:
+    """The SHA-256 of the dataset that a folder of this name was made of."""
+    return name.partition("-")[0]
+
+
 class PreparedFolders:
     """All prepared rows below one root. Methods block; construction does not touch the disk."""
 
@@ -105,15 +110,16 @@ class PreparedFolders:
                 self.remove(name)
 
     def remove_dataset(self, sha256: str) -> None:
-        """Remove what was made of a dataset. What is being made of it now is not."""
+        """Remove what was made of a dataset. What is being made of it now is not: who makes it
+        has to look once it is finished."""
         for name in self._names():
-            if name.partition("-")[0] == sha256:
+            if dataset_of(name) == sha256:
                 self.remove(name)
 
     def keep_only(self, datasets: Collection[str]) -> None:
         """Remove the folders of all other datasets, by SHA-256. While none is made."""
         for name in self._names():
-            if name.partition("-")[0] not in datasets:
+            if dataset_of(name) not in datasets:
                 self.remove(name)
 
     def _names(self) -> list[str]:

@@ -26,7 +26,7 @@ from engine.rendering import PromptRenderer
 from engine.shard import Shard
 from gateway.preview import Previews
 from lora_gateway.v1 import training_pb2 as pb
-from tests.trainer.prepared import exchange, record, rows_of, write_lines
+from tests.trainer.prepared import digests, exchange, record, rows_of, write_lines
 from tests.trainer.templates import CHATML, write_tokenizer
 from trainer.preparation import Preparations, Prepared
 from trainer.rows import IGNORED
@@ -100,7 +100,9 @@ async def sides(
         prompts, renderer = served(model)
         renderers.append(renderer)
         root = tmp_path_factory.mktemp("state")
-        preparations = Preparations(root, trained_on(model), os.environ, python=sys.executable)
+        preparations = Preparations(
+            root, trained_on(model), os.environ, python=sys.executable, digests=digests
+        )
         prepared = await preparations.prepare(record(), dataset, DATA)
         return Side(preparations, prepared, cast(Shard, RenderingShard(prompts)))
 

@@ -42,6 +42,11 @@ def record(sha256: str = "d" * 64, name: str = "letters") -> DatasetRecord:
     )
 
 
+async def digests() -> set[str]:
+    """Of all datasets that there are: those of records."""
+    return {"d" * 64, *(f"{number}" * 64 for number in range(5))}
+
+
 def data_spec(**fields: Any) -> DataSpec:
     return DataSpec(**fields).resolved(max_model_len=2048)
 

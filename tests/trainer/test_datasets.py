@@ -16,9 +16,12 @@ from store.job_records import DatasetExists, DatasetUnknown
 from store.sqlite_jobs import SqliteJobs
 from store.upload_folder import DatasetPlan
 from store.uploads import DATASET_UPLOADS, UploadStore
-from tests.trainer.job_stage import LINE, TENANT
+from tests.trainer.job_stage import LINE, TENANT, served
+from tests.trainer.prepared import data_spec
 from trainer.datasets import Datasets
+from trainer.preparation import Preparations
 from trainer.prepared_folders import PreparedFolders
+from trainer.rows import REPORT_FILE
 
 
 class SlowFiles(DatasetFiles):
@@ -131,3 +134,50 @@ async def test_the_same_bytes_are_the_same_dataset_unless_another_format_is_aske
     else:
         with pytest.raises(DatasetExists, match="another format"):
             await place.datasets.expected(TENANT, plan)
+
+
+@pytest.mark.parametrize("kept", [False, True], ids=["the last", "one of two"])
+async def test_rows_that_are_being_made_go_with_the_last_dataset_of_their_bytes(
+    place: Place, kept: bool
+) -> None:
+    reader = place.root / "reader"
+    reader.write_text(
+        f"#!/bin/sh\nwhile [ ! -e {place.root}/go ]; do sleep 0.02; done\n"
+        f"echo '{{\"valid\": false}}' > $3/{REPORT_FILE}\n"
+    )
+    reader.chmod(0o700)
+    digest = await place.add("one")
+    if kept:
+        await place.add("two")
+    preparations = Preparations(
+        place.root, served(place.root), {}, python=str(reader), digests=place.store.dataset_digests
+    )
+    record = await place.store.dataset(TENANT, "one")
+    asked = asyncio.create_task(preparations.prepare(record, place.files.path(digest), data_spec()))
+    async with asyncio.timeout(30):
+        while not list(place.root.glob("prepared/*.partial-*")):
+            await asyncio.sleep(0.02)
+    await place.datasets.remove(TENANT, "one")
+    (place.root / "go").touch()
+    found = await asked
+    assert not found.report.valid, "who asked is answered"
+    assert found.folder.exists() == kept
+    assert len(list(place.root.glob("prepared/*"))) == kept
+    await preparations.close()
+
+
+async def test_rows_stay_where_it_cannot_be_told_whether_they_are_wanted(place: Place) -> None:
+    async def broken() -> set[str]:
+        raise OSError("no disk")
+
+    reader = place.root / "reader"
+    reader.write_text(f"#!/bin/sh\necho '{{\"valid\": false}}' > $3/{REPORT_FILE}\n")
+    reader.chmod(0o700)
+    digest = await place.add("one")
+    preparations = Preparations(
+        place.root, served(place.root), {}, python=str(reader), digests=broken
+    )
+    record = await place.store.dataset(TENANT, "one")
+    found = await preparations.prepare(record, place.files.path(digest), data_spec())
+    assert found.folder.exists(), "the next start removes it if need be"
+    await preparations.close()

@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from store.upload_folder import StorageFull
-from tests.trainer.prepared import GOOD, data_spec, exchange, record, rows_of, write_lines
+from tests.trainer.prepared import GOOD, data_spec, digests, exchange, record, rows_of, write_lines
 from trainer.errors import DatasetInvalid, InvalidSpec, TrainingUnavailable
 from trainer.failure import is_storage_full
 from trainer.preparation import MAX_PREVIEWS, Preparations, Prepared
@@ -52,7 +52,13 @@ async def open_on(tiny: Path, tmp_path: Path) -> AsyncIterator[Open]:
 
     def open_(*, python: str = sys.executable, template_sha256: str = "t") -> Preparations:
         opened.append(
-            Preparations(tmp_path, served(tiny, template_sha256), dict(os.environ), python=python)
+            Preparations(
+                tmp_path,
+                served(tiny, template_sha256),
+                dict(os.environ),
+                python=python,
+                digests=digests,
+            )
         )
         return opened[-1]
 
