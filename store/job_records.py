@@ -124,6 +124,8 @@ class JobRecord:
     spec: Mapping[str, Any]
     effective_spec: Mapping[str, Any]
     """The same with every field set."""
+    fingerprints: Mapping[str, str]
+    """Of the base model that it was made for, by the contract's field names."""
     labels: Mapping[str, str]
     state: JobState
     intent: Intent
@@ -131,6 +133,8 @@ class JobRecord:
     """Counts its transitions; who changes it says which it has seen."""
     attempt: int
     """Of the training process that runs or ran last, from 1; 0: none was started."""
+    device: str
+    """Which that process has or had; empty: none was started."""
     ingested_bytes: int
     """Of that attempt's event file that are in the store."""
     last_sequence: int
@@ -177,6 +181,7 @@ class JobChange:
     effective_spec: Mapping[str, Any] | None = None
     attempt: int | None = None
     """A new attempt; `ingested_bytes` begins at 0 again."""
+    device: str | None = None
     ingested_bytes: int | None = None
     publication: Mapping[str, Any] | None = None
     progress: Mapping[str, Any] | None = None

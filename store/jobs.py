@@ -80,6 +80,7 @@ class JobStore(Protocol):
         new: NewJob,
         *,
         effective_spec: Mapping[str, Any],
+        fingerprints: Mapping[str, str],
         publication: Mapping[str, Any],
         request_id: str,
         max_active: int,

@@ -81,6 +81,7 @@ def _with_fields(record: JobRecord, change: JobChange) -> JobRecord:
         record,
         effective_spec=_or(change.effective_spec, record.effective_spec),
         attempt=_or(change.attempt, record.attempt),
+        device=_or(change.device, record.device),
         ingested_bytes=_or(change.ingested_bytes, ingested_bytes),
         publication=_or(change.publication, record.publication),
         progress=_or(change.progress, record.progress),

@@ -9,7 +9,7 @@ from typing import Any
 
 from store.job_records import Intent, JobExists, JobRecord, JobState, NewJob, QueueFull
 from store.records import NAME, InvalidName, RequestIdReused
-from store.sqlite_columns import json_to_column
+from store.sqlite_columns import json_to_column, mapping_to_column
 from store.sqlite_datasets import read_dataset
 from store.sqlite_job_events import state_changed, write_job_events
 from store.sqlite_job_rows import count_active_jobs, read_job, update_job
@@ -25,6 +25,7 @@ class Creation:
 
     new: NewJob
     effective_spec: Mapping[str, Any]
+    fingerprints: Mapping[str, str]
     publication: Mapping[str, Any]
     request_id: str
     max_active: int
@@ -94,9 +95,9 @@ def _insert(db: sqlite3.Connection, creation: Creation, name: str, uid: str, now
     db.execute(
         "INSERT INTO job ("
         " asked_name, adapter, dataset, eval_dataset, spec, labels,"
-        " tenant, name, uid, request_id, effective_spec, state, intent, epoch, attempt,"
-        " ingested_bytes, last_sequence, publication, notices, create_time_ns"
-        ") VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, 1, 0, 0, 0, ?, '[]', ?)",
+        " tenant, name, uid, request_id, effective_spec, fingerprints, state, intent, epoch,"
+        " attempt, device, ingested_bytes, last_sequence, publication, notices, create_time_ns"
+        ") VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, 1, 0, '', 0, 0, ?, '[]', ?)",
         (
             *_asked_for(creation.new),
             creation.new.tenant,
@@ -104,6 +105,7 @@ def _insert(db: sqlite3.Connection, creation: Creation, name: str, uid: str, now
             uid,
             creation.request_id,
             json_to_column(creation.effective_spec),
+            mapping_to_column(creation.fingerprints),
             JobState.VALIDATING.value,
             Intent.RUN.value,
             json_to_column(creation.publication),

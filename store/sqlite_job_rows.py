@@ -11,9 +11,9 @@ from store.sqlite_columns import json_from_column, json_to_column, mapping_from_
 from store.sqlite_events import MAX_INTEGER
 
 _SELECT = """
-SELECT tenant, name, uid, adapter, dataset, eval_dataset, spec, effective_spec, labels, state,
-       intent, epoch, attempt, ingested_bytes, last_sequence, publication, progress, manifest,
-       error, notices, create_time_ns, start_time_ns, end_time_ns
+SELECT tenant, name, uid, adapter, dataset, eval_dataset, spec, effective_spec, fingerprints,
+       labels, state, intent, epoch, attempt, device, ingested_bytes, last_sequence, publication,
+       progress, manifest, error, notices, create_time_ns, start_time_ns, end_time_ns
 FROM job
 """
 
@@ -72,14 +72,15 @@ def update_job(db: sqlite3.Connection, record: JobRecord) -> None:
     """Store all that may change of a job."""
     db.execute(
         "UPDATE job SET effective_spec = ?, state = ?, intent = ?, epoch = ?, attempt = ?,"
-        " ingested_bytes = ?, last_sequence = ?, publication = ?, progress = ?, manifest = ?,"
-        " error = ?, notices = ?, start_time_ns = ?, end_time_ns = ? WHERE uid = ?",
+        " device = ?, ingested_bytes = ?, last_sequence = ?, publication = ?, progress = ?,"
+        " manifest = ?, error = ?, notices = ?, start_time_ns = ?, end_time_ns = ? WHERE uid = ?",
         (
             json_to_column(record.effective_spec),
             record.state.value,
             record.intent.value,
             record.epoch,
             record.attempt,
+            record.device,
             record.ingested_bytes,
             record.last_sequence,
             json_to_column(record.publication),
@@ -119,11 +120,13 @@ def _record(row: tuple[Any, ...]) -> JobRecord:
         eval_dataset,
         spec,
         effective_spec,
+        fingerprints,
         labels,
         state,
         intent,
         epoch,
         attempt,
+        device,
         ingested_bytes,
         last_sequence,
         publication,
@@ -144,11 +147,13 @@ def _record(row: tuple[Any, ...]) -> JobRecord:
         eval_dataset=eval_dataset,
         spec=json_from_column(spec),
         effective_spec=json_from_column(effective_spec),
+        fingerprints=mapping_from_column(fingerprints),
         labels=mapping_from_column(labels),
         state=JobState(state),
         intent=Intent(intent),
         epoch=epoch,
         attempt=attempt,
+        device=device,
         ingested_bytes=ingested_bytes,
         last_sequence=last_sequence,
         publication=json_from_column(publication),

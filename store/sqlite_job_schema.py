@@ -26,11 +26,13 @@ CREATE TABLE job (
     eval_dataset   TEXT NOT NULL,      -- empty: none
     spec           TEXT NOT NULL,      -- JSON
     effective_spec TEXT NOT NULL,      -- JSON
+    fingerprints   TEXT NOT NULL,      -- JSON, of the base model that it was made for
     labels         TEXT NOT NULL,      -- JSON
     state          TEXT NOT NULL,      -- a JobState
     intent         TEXT NOT NULL,      -- an Intent
     epoch          INTEGER NOT NULL,
     attempt        INTEGER NOT NULL,
+    device         TEXT NOT NULL,      -- of that attempt, empty before the first
     ingested_bytes INTEGER NOT NULL,
     last_sequence  INTEGER NOT NULL,
     publication    TEXT NOT NULL,      -- JSON

@@ -86,11 +86,12 @@ class SqliteJobs(SqliteThread, JobStore):
         new: NewJob,
         *,
         effective_spec: Mapping[str, Any],
+        fingerprints: Mapping[str, str],
         publication: Mapping[str, Any],
         request_id: str,
         max_active: int,
     ) -> JobRecord:
-        creation = Creation(new, effective_spec, publication, request_id, max_active)
+        creation = Creation(new, effective_spec, fingerprints, publication, request_id, max_active)
         return await self._write(
             lambda db: sqlite_job_creation.create_job(
                 db, creation, self._clock_ns(), self._make_uid

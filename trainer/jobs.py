@@ -251,6 +251,7 @@ class Jobs:
         job = await self._store.create_job(
             new,
             effective_spec=as_json(resolved),
+            fingerprints=self._means.served.fingerprints,
             publication=as_json(publication),
             request_id=request_id,
             max_active=self._max_active,

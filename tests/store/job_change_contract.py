@@ -99,6 +99,7 @@ class JobChangeContract:
             change = JobChange(
                 effective_spec={"seed": 8},
                 attempt=1,
+                device="3",
                 ingested_bytes=40,
                 publication={"state": "gating", "adapter": "sql"},
                 progress={"step": 1, "loss": math.inf},
@@ -109,6 +110,7 @@ class JobChangeContract:
                 job,
                 effective_spec={"seed": 8},
                 attempt=1,
+                device="3",
                 ingested_bytes=40,
                 publication={"state": "gating", "adapter": "sql"},
                 progress={"step": 1, "loss": math.inf},

@@ -34,6 +34,7 @@ from tests.store.job_change_contract import JobChangeContract
 from tests.store.job_machine import JobMachine
 from tests.store.job_steps import (
     EFFECTIVE_SPEC,
+    FINGERPRINTS,
     PENDING,
     SPEC,
     MakeJobs,
@@ -87,11 +88,13 @@ class JobContract(JobChangeContract, DatasetContract):
                     "note": "\\ud800ü",
                 },
                 effective_spec=EFFECTIVE_SPEC,
+                fingerprints=FINGERPRINTS,
                 labels={"team": "data", "ünï": "\n"},
                 state=JobState.VALIDATING,
                 intent=Intent.RUN,
                 epoch=1,
                 attempt=0,
+                device="",
                 ingested_bytes=0,
                 last_sequence=1,
                 publication=PENDING,

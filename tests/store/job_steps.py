@@ -13,6 +13,7 @@ from tests.store.registry_steps import ONE
 
 SPEC = {"adapter": "sql", "data": {"dataset": "corpus"}, "optimizer": {"steps": 10}}
 EFFECTIVE_SPEC = {**SPEC, "seed": 7}
+FINGERPRINTS = {"weights_sha256": "w"}
 PENDING = {"state": "pending", "adapter": "sql"}
 WAY = {
     JobState.VALIDATING: (),
@@ -73,6 +74,7 @@ async def create(
     return await store.create_job(
         new or new_job(),
         effective_spec=EFFECTIVE_SPEC,
+        fingerprints=FINGERPRINTS,
         publication=PENDING,
         request_id=request_id,
         max_active=max_active,

@@ -22,6 +22,7 @@ async def _create(host: Host, request_id: str) -> object:
     return await host.jobs.create_job(
         new,
         effective_spec={"steps": 9, "seed": 1},
+        fingerprints={"weights_sha256": _SHA256},
         publication={"state": "pending"},
         request_id=request_id,
         max_active=9,
@@ -56,7 +57,7 @@ JOBS = (
     Operation("make a job", lambda host: _create(host, "first")),
     Operation("repeat the request of the job", lambda host: _create(host, "first")),
     _moves("queue it", JobChange(state=JobState.QUEUED)),
-    _moves("start it", JobChange(state=JobState.PREPARING, attempt=1)),
+    _moves("start it", JobChange(state=JobState.PREPARING, attempt=1, device="cpu")),
     _moves("run it", JobChange(state=JobState.RUNNING, ingested_bytes=70)),
     _moves("tell 100 steps", JobChange(events=_STEPS, ingested_bytes=7000)),
     Operation("want it cancelled", _cancel),
