@@ -3,29 +3,27 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from store.job_records import DatasetRecord, JobRecord, JobState
 from trainer.capabilities import Capabilities, Installed, installed_for
-from trainer.data_limits import contradictions, unservable
+from trainer.data_limits import contradictions
 from trainer.devices import Device, DeviceFacts, device_facts
 from trainer.environment import without_secrets
 from trainer.errors import (
     BaseModelUnknown,
     InvalidSpec,
     TrainingUnavailable,
-    UnservableAdapter,
 )
 from trainer.estimate import WIDTH_BYTES, Estimate, Pace, Price, estimate, pace_of
 from trainer.events import Progress
-from trainer.means import Means
+from trainer.means import DATA_PATH, Means
 from trainer.model_size import ModelSize, model_size
 from trainer.publisher import Finding
 from trainer.spec import DatasetFormat, JobSpec, Precision
 
 MEASURED_RUNS = 20
 """Newest jobs that are looked at for how fast such jobs run here."""
-DATA_PATH = "spec.data"
 
 
 class Admission:
@@ -96,17 +94,8 @@ class Admission:
             )
         if wrong:
             raise InvalidSpec(*wrong)
-        if findings := list(self._unservable(resolved)):
-            raise UnservableAdapter(findings)
+        self._means.require_servable(resolved)
         return resolved
-
-    def _unservable(self, resolved: JobSpec) -> Iterator[Finding]:
-        found = self._means.publisher.findings(resolved)
-        yield from found
-        told = {finding.field for finding in found}
-        for finding in unservable(resolved.data, DATA_PATH, self._means.served.max_model_len):
-            if finding.field not in told:
-                yield finding
 
     async def _dataset(self, tenant: str, spec: JobSpec) -> DatasetRecord:
         dataset = await self._means.store.dataset(tenant, spec.dataset)

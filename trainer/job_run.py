@@ -29,19 +29,14 @@ from trainer.attempt import Attempt
 from trainer.devices import Device
 from trainer.ending import Ending, Finished
 from trainer.environment import training_environment
-from trainer.errors import DatasetInvalid, TrainingError, TrainingUnavailable
-from trainer.events import (
-    FailureReason,
-    JobFailure,
-    Manifest,
-    Publication,
-    PublicationState,
-)
+from trainer.errors import TrainingError, TrainingUnavailable
+from trainer.events import JobFailure, Manifest, Publication, PublicationState
 from trainer.failure import is_storage_full, storage_full
 from trainer.ingest import as_json
 from trainer.job_folder import JobFolder
 from trainer.journal import HAS_PROCESS
 from trainer.means import Means
+from trainer.refusal import refused, unforeseen
 from trainer.spec import JobSpec
 
 logger = logging.getLogger(__name__)
@@ -140,7 +135,7 @@ class JobRun:
                 await self._pause(troubles)
                 return
             await self._end_attempt()
-            await self._fail(storage_full() if full else _unforeseen(self._job, error))
+            await self._fail(storage_full() if full else unforeseen(error, self._job.attempt))
         except Exception:
             logger.exception("job %s cannot be failed; trying again", self._job.name)
             await self._pause(troubles)
@@ -187,38 +182,29 @@ class JobRun:
 
     async def _validate(self) -> None:
         try:
+            self._means.require_trainable(self._job)
             await self._means.rows(self._job)
-        except DatasetInvalid as error:
-            await self._fail(
-                JobFailure(
-                    reason=FailureReason.DATASET_INVALID,
-                    message=str(error),
-                    metadata={
-                        "dataset": error.dataset,
-                        "total_lines": str(error.report.total_lines),
-                        "bad_lines": str(error.report.bad_lines),
-                    },
-                )
-            )
         except TrainingError as error:
-            await self._fail(_refused(self._job, error))
+            await self._fail(refused(error, self._job.attempt))
         else:
             await self._change(JobChange(state=JobState.QUEUED))
 
     async def _begin(self) -> None:
         """Wait for a device, and start an attempt on it."""
-        if self._device is None:
-            try:
+        try:
+            self._means.require_trainable(self._job)
+            if self._device is None:
                 self._device = await self._means.queue.take(self._job.uid, self._job.create_time_ns)
-            except TrainingError as error:
-                await self._fail(_refused(self._job, error))
-                return
+        except TrainingError as error:
+            await self._fail(refused(error, self._job.attempt))
+            return
         number = self._job.attempt + 1
         await self._change(JobChange(state=JobState.PREPARING, attempt=number))
 
     async def _start(self, attempt: Attempt) -> None:
         """Start the process of the attempt that the store knows of."""
         means, job = self._means, self._job
+        means.require_trainable(job)
         if self._device is None:  # it was to be started, and the gateway ended
             self._device = await means.queue.take(job.uid, job.create_time_ns)
         plan = await means.plan(job, self._device)
@@ -245,7 +231,7 @@ class JobRun:
                 await self._start(self._attempt)
             except TrainingError as error:
                 await self._end_attempt()
-                await self._fail(_refused(self._job, error))
+                await self._fail(refused(error, self._job.attempt))
                 return
         self._job = await self._attempt.follow(self._job)
         how = await self._attempt.ending()
@@ -351,23 +337,6 @@ class JobRun:
 def _how_far(job: JobRecord) -> tuple[int, int]:
     """What grows while a job gets on. Not its events: a step tells some before it fails."""
     return job.epoch, job.ingested_bytes
-
-
-def _refused(job: JobRecord, error: TrainingError) -> JobFailure:
-    """The failure of a job that cannot be trained here."""
-    reason = FailureReason.TRAINER_FAILED
-    if isinstance(error, TrainingUnavailable):
-        reason = FailureReason.TRAINING_UNAVAILABLE
-    return JobFailure(reason=reason, message=str(error), metadata={"attempt": str(job.attempt)})
-
-
-def _unforeseen(job: JobRecord, error: Exception) -> JobFailure:
-    return JobFailure(
-        reason=FailureReason.TRAINER_FAILED,
-        message=f"the gateway failed to run it ({type(error).__name__}), and logged why: "
-        "tell the operator",
-        metadata={"attempt": str(job.attempt)},
-    )
 
 
 def _unpublished(job: JobRecord, why: str) -> Publication:

@@ -11,8 +11,10 @@ from typing import Protocol
 from store.datasets import DatasetFiles
 from store.job_records import DatasetRecord, JobRecord
 from store.jobs import JobStore
+from trainer.data_limits import unservable
 from trainer.device_queue import DeviceQueue
 from trainer.devices import Device, device_facts
+from trainer.errors import TrainingUnavailable, UnservableAdapter
 from trainer.journal import Journal
 from trainer.preparation import Prepared
 from trainer.publisher import Publisher
@@ -20,6 +22,8 @@ from trainer.run_folder import RunFolder, RunPlan
 from trainer.served import ServedModel
 from trainer.spec import DatasetFormat, DataSpec, JobSpec
 
+DATA_PATH = "spec.data"
+"""Of a job's DataSpec in the request."""
 MEMORY_SHARE = 0.95
 """Of what is free on a GPU when a run starts; the rest is left to those beside it."""
 
@@ -58,6 +62,38 @@ class Means:
     """Starts a training process."""
     environment: Mapping[str, str]
     """Of training processes, without what is each run's own."""
+
+    def require_trainable(self, job: JobRecord) -> None:
+        """Raise unless what is served is still what the job was made for.
+
+        The gateway may have been started again meanwhile, with another base model or tighter
+        limits: the job would be trained for hours, and refused at the end. Raises
+        TrainingUnavailable and UnservableAdapter.
+        """
+        spec = JobSpec.model_validate(job.effective_spec)
+        if spec.base_model != self.served.name:
+            raise TrainingUnavailable(
+                f"the job was created for base model {spec.base_model!r}, and "
+                f"{self.served.name!r} is served now: create it again for that one, or have the "
+                f"operator start the gateway with --model {spec.base_model}"
+            )
+        if changed := _differing(job.fingerprints, self.served.fingerprints):
+            raise TrainingUnavailable(
+                f"the job was created for other files of base model {spec.base_model!r} than are "
+                f"served now ({', '.join(changed)} changed): create it again, or have the operator "
+                "put the earlier ones back"
+            )
+        self.require_servable(spec)
+
+    def require_servable(self, spec: JobSpec) -> None:
+        """Raise UnservableAdapter, with all findings, for a resolved spec of an adapter that the
+        server could not serve."""
+        found = list(self.publisher.findings(spec))
+        told = {finding.field for finding in found}
+        limits = unservable(spec.data, DATA_PATH, self.served.max_model_len)
+        found += [finding for finding in limits if finding.field not in told]
+        if found:
+            raise UnservableAdapter(found)
 
     async def rows(self, job: JobRecord) -> Rows:
         """The rows of a job; made already, they are found at once. Raises DatasetInvalid."""
@@ -103,6 +139,13 @@ class Means:
             eval_rows="" if rows.held_out is None else str(rows.held_out.folder),
             memory_bytes=await asyncio.to_thread(_memory_bytes, device),
         )
+
+
+def _differing(ours: Mapping[str, str], theirs: Mapping[str, str]) -> list[str]:
+    """Names under which two mappings do not have the same."""
+    return sorted(
+        name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name)
+    )
 
 
 def _memory_bytes(device: Device) -> int:

@@ -126,6 +126,8 @@ class Stage:
     price: Price | None = None
     environment: dict[str, str] = field(default_factory=lambda: {"PATH": os.defpath})
     grace_s: float = 10.0
+    served: ServedModel | None = None
+    """What is served; None: the tiny model."""
     _task: asyncio.Task[None] | None = None
 
     def __post_init__(self) -> None:
@@ -137,7 +139,7 @@ class Stage:
             self.datasets,
             self.preparations,
             self.publisher,
-            served(self.root),
+            self.served or served(self.root),
             self.devices,
             self.root,
             python=sys.executable,

@@ -214,7 +214,8 @@ class _ErrorReasonEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._En
     ERROR_REASON_UNSERVABLE_ADAPTER: _ErrorReason.ValueType  # 57
     """ERROR_REASON_UNSERVABLE_ADAPTER: the running server could not serve what the
     job would train (rank, modules, bias, length). All findings (at most 16)
-    come in a `google.rpc.BadRequest`.
+    come in a `google.rpc.BadRequest`. In `Job.error` of a job that had not begun
+    when the gateway was started again with tighter limits.
     Code INVALID_ARGUMENT. Metadata: `field` (the first one).
     """
     ERROR_REASON_BASE_MODEL_UNKNOWN: _ErrorReason.ValueType  # 58
@@ -222,8 +223,9 @@ class _ErrorReasonEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._En
     Code INVALID_ARGUMENT with BadRequest. Metadata: `base_model` (the served one).
     """
     ERROR_REASON_TRAINING_UNAVAILABLE: _ErrorReason.ValueType  # 59
-    """ERROR_REASON_TRAINING_UNAVAILABLE: no device trains here, or the backend that
-    is asked for is not installed.
+    """ERROR_REASON_TRAINING_UNAVAILABLE: no device trains here, the backend that is
+    asked for is not installed, or a job that had not begun was created for another
+    base model than is served now.
     Code FAILED_PRECONDITION. Metadata: none.
     """
     ERROR_REASON_QUEUE_FULL: _ErrorReason.ValueType  # 60
@@ -471,7 +473,8 @@ Code FAILED_PRECONDITION. Metadata: `job`, `state`.
 ERROR_REASON_UNSERVABLE_ADAPTER: ErrorReason.ValueType  # 57
 """ERROR_REASON_UNSERVABLE_ADAPTER: the running server could not serve what the
 job would train (rank, modules, bias, length). All findings (at most 16)
-come in a `google.rpc.BadRequest`.
+come in a `google.rpc.BadRequest`. In `Job.error` of a job that had not begun
+when the gateway was started again with tighter limits.
 Code INVALID_ARGUMENT. Metadata: `field` (the first one).
 """
 ERROR_REASON_BASE_MODEL_UNKNOWN: ErrorReason.ValueType  # 58
@@ -479,8 +482,9 @@ ERROR_REASON_BASE_MODEL_UNKNOWN: ErrorReason.ValueType  # 58
 Code INVALID_ARGUMENT with BadRequest. Metadata: `base_model` (the served one).
 """
 ERROR_REASON_TRAINING_UNAVAILABLE: ErrorReason.ValueType  # 59
-"""ERROR_REASON_TRAINING_UNAVAILABLE: no device trains here, or the backend that
-is asked for is not installed.
+"""ERROR_REASON_TRAINING_UNAVAILABLE: no device trains here, the backend that is
+asked for is not installed, or a job that had not begun was created for another
+base model than is served now.
 Code FAILED_PRECONDITION. Metadata: none.
 """
 ERROR_REASON_QUEUE_FULL: ErrorReason.ValueType  # 60
