@@ -13,6 +13,7 @@ from trainer.ingest import changes
 from trainer.journal import Journal
 from trainer.process import TrainingProcess, is_locked, kill_all
 from trainer.run_folder import RunFolder, RunPlan, StopRequest, write_whole
+from trainer.to_the_end import to_the_end
 
 logger = logging.getLogger(__name__)
 
@@ -24,6 +25,13 @@ TERMINATE_S = 5.0
 """How long a process gets that was asked to end at once."""
 END_TRIES = 20
 """How often a process is killed that does not end: a minute, where it waits for a disk."""
+
+
+class RunUnattached(Exception):
+    """Something has the lock of an attempt that nobody follows, and it is not its process."""
+
+    def __init__(self, run: RunFolder) -> None:
+        super().__init__(f"{run.path}: its lock is held, and its process is not found")
 
 
 class Attempt:
@@ -55,16 +63,30 @@ class Attempt:
         write_whole(self._run.plan, plan)
         self._process = TrainingProcess.start(self._run, command, environment)
 
-    async def find(self) -> RunPlan | None:
-        """Go on with a process that somebody before us started; what it was to do, if anything
-        of it lives."""
-        return await asyncio.to_thread(self._find)
+    async def find(self) -> bool:
+        """Go on with its process if somebody before us started it; whether anything of it lives.
 
-    def _find(self) -> RunPlan | None:
-        self._process = TrainingProcess.find(self._run)
-        if self._process is None and not is_locked(self._run):
-            return None
-        return RunPlan.model_validate_json(self._run.plan.read_bytes())
+        Raises OSError if that cannot be told.
+        """
+        if self._starting is not None:
+            await asyncio.wait({self._starting})
+        # To the end: a thread that nobody waits for would leave a process that nobody closes.
+        return await to_the_end(asyncio.to_thread(self._find))
+
+    def _find(self) -> bool:
+        if self._process is None:
+            self._process = TrainingProcess.find(self._run)
+        return self._process is not None or is_locked(self._run)
+
+    async def attach(self) -> None:
+        """Go on with its process, unless it has ended or said its last.
+
+        Raises RunUnattached if another process has its lock, which may be one that we fail to
+        recognize, and OSError as `find` does. Both are worth a retry.
+        """
+        lives = await self.find()
+        if lives and self._process is None and not await asyncio.to_thread(said_last, self._run):
+            raise RunUnattached(self._run)
 
     @property
     def was_started(self) -> bool:
@@ -118,7 +140,8 @@ class Attempt:
         return job
 
     async def end(self) -> None:
-        """Leave no process of it; one that cannot be killed is given up after a while."""
+        """Leave no process of it; one that cannot be killed is given up after a while. Raises
+        OSError if processes cannot be looked at."""
         if self._starting is not None:
             await asyncio.wait({self._starting})
         for _ in range(END_TRIES):
@@ -129,7 +152,8 @@ class Attempt:
         logger.error("%s: a process of it is left over: end it by hand", self._run.path)
 
     async def goes_on(self) -> bool:
-        """Whether its process runs, and has more to say."""
+        """Whether its process runs, and has more to say. Raises OSError as `find` does."""
+        await self.find()
         return await asyncio.to_thread(self._goes_on)
 
     def _goes_on(self) -> bool:

@@ -23,7 +23,8 @@ class DeviceQueue:
 
     def __init__(self, devices: Sequence[Device]) -> None:
         self._free = list(devices)
-        self._held: list[Device] = []
+        self._holders: dict[Device, set[str]] = {}
+        """By uid. More than one where runs that went on without us have the same device."""
         self._waiting: list[_Waiter] = []
 
     async def take(self, uid: str, since_ns: int) -> Device:
@@ -31,7 +32,7 @@ class DeviceQueue:
 
         Raises TrainingUnavailable where there is none that could become free.
         """
-        if not self._free and not self._held:
+        if not self._free and not self._holders:
             raise TrainingUnavailable(
                 "this gateway has no device to train on any more: its operator names one with "
                 "--training-devices; create the job again then"
@@ -45,23 +46,29 @@ class DeviceQueue:
             if waiter in self._waiting:
                 self._waiting.remove(waiter)
             elif not waiter.device.cancelled():
-                self.give_back(waiter.device.result())
+                self.give_back(waiter.device.result(), uid)
             raise
 
-    def hold(self, name: str) -> Device:
-        """The device of a run that went on without us; it need not be one of ours any more."""
+    def hold(self, name: str, uid: str) -> Device:
+        """The device of a run that went on without us; it need not be one of ours any more.
+        Held already, it stays so."""
         device = Device(name)
         if device in self._free:
             self._free.remove(device)
-            self._held.append(device)
+            self._holders[device] = {uid}
+        elif device in self._holders:
+            self._holders[device].add(uid)
         return device
 
-    def give_back(self, device: Device) -> None:
-        """Let the next job have it."""
-        if device in self._held:
-            self._held.remove(device)
-            self._free.append(device)
-            self._hand_out()
+    def give_back(self, device: Device, uid: str) -> None:
+        """Let the next job have it, unless another holds it too."""
+        holders = self._holders.get(device, set())
+        if uid in holders:
+            holders.remove(uid)
+            if not holders:
+                del self._holders[device]
+                self._free.append(device)
+                self._hand_out()
 
     def position(self, uid: str) -> int:
         """From 1 for the job that is next; 0 for one that does not wait."""
@@ -73,5 +80,5 @@ class DeviceQueue:
             if waiter.device.done():  # cancelled, and not told so yet
                 continue
             device = self._free.pop(0)
-            self._held.append(device)
+            self._holders[device] = {waiter.uid}
             waiter.device.set_result(device)

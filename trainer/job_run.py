@@ -25,9 +25,9 @@ from store.job_records import (
     JobUnknown,
     NewEvent,
 )
-from trainer.attempt import Attempt
+from trainer.attempt import Attempt, RunUnattached
 from trainer.devices import Device
-from trainer.ending import Ending, Finished
+from trainer.ending import Finished
 from trainer.environment import training_environment
 from trainer.errors import TrainingError, TrainingUnavailable
 from trainer.events import JobFailure, Manifest, Publication, PublicationState
@@ -63,16 +63,21 @@ class JobRun:
         """What became of the adapter, if the store may not know it yet."""
 
     async def recover(self) -> None:
-        """Find the process that a gateway before this one left, and hold its device."""
-        if self._job.state in HAS_PROCESS and self._job.attempt:
-            self._attempt = self._new_attempt(self._job.attempt)
-            try:
-                plan = await self._attempt.find()
-            except Exception:  # of one job, which is no reason not to start
-                logger.exception("job %s: its plan cannot be read", self._job.name)
-                return
-            if plan is not None:
-                self._device = self._means.queue.hold(plan.device)
+        """Find the process that a gateway before this one left, and hold its device.
+
+        Raises OSError if it cannot be told whether there is one. The device is held then, until
+        a later run of the job can tell.
+        """
+        job, queue = self._job, self._means.queue
+        if job.state not in HAS_PROCESS or not job.attempt:
+            return
+        # As the store has it, and not the plan, which another release may have written.
+        device = queue.hold(job.device, job.uid)
+        self._attempt = self._new_attempt(job.attempt)
+        if await self._attempt.find():
+            self._device = device
+        else:
+            queue.give_back(device, job.uid)
 
     def cancel(self) -> None:
         """Say that the job is CANCELLING by now."""
@@ -133,6 +138,10 @@ class JobRun:
         try:
             if self._attempt is not None and await self._attempt.goes_on():
                 await self._pause(troubles)
+                return
+            if self._attempt is not None and isinstance(error, RunUnattached):
+                await self._attempt.end()  # what is left of it: it can be judged now
+                await self._judge(self._attempt)
                 return
             await self._end_attempt()
             await self._fail(storage_full() if full else unforeseen(error, self._job.attempt))
@@ -198,8 +207,8 @@ class JobRun:
         except TrainingError as error:
             await self._fail(refused(error, self._job.attempt))
             return
-        number = self._job.attempt + 1
-        await self._change(JobChange(state=JobState.PREPARING, attempt=number))
+        number, device = self._job.attempt + 1, self._device.name
+        await self._change(JobChange(state=JobState.PREPARING, attempt=number, device=device))
 
     async def _start(self, attempt: Attempt) -> None:
         """Start the process of the attempt that the store knows of."""
@@ -207,6 +216,9 @@ class JobRun:
         means.require_trainable(job)
         if self._device is None:  # it was to be started, and the gateway ended
             self._device = await means.queue.take(job.uid, job.create_time_ns)
+        if job.device != self._device.name:
+            await self._change(JobChange(device=self._device.name))
+            job = self._job
         plan = await means.plan(job, self._device)
         run = self._folder.run(job.attempt)
         environment = training_environment(means.environment, run, self._device.name)
@@ -233,13 +245,14 @@ class JobRun:
                 await self._end_attempt()
                 await self._fail(refused(error, self._job.attempt))
                 return
+        await self._attempt.attach()
         self._job = await self._attempt.follow(self._job)
-        how = await self._attempt.ending()
-        await self._end_attempt()
-        await self._decide(how)
+        await self._judge(self._attempt)
 
-    async def _decide(self, how: Ending) -> None:
-        """What becomes of a job whose attempt has ended."""
+    async def _judge(self, attempt: Attempt) -> None:
+        """Decide what becomes of a job whose attempt has ended."""
+        how = await attempt.ending()
+        await self._end_attempt()
         if not isinstance(how, Finished):
             await self._fail(how.failure)
             return
@@ -258,7 +271,7 @@ class JobRun:
             self._attempt.close()
             self._attempt = None
         if self._device is not None:
-            self._means.queue.give_back(self._device)
+            self._means.queue.give_back(self._device, self._job.uid)
             self._device = None
 
     # --- after the process --------------------------------------------------
@@ -303,6 +316,7 @@ class JobRun:
             if self._attempt is None:
                 self._attempt = self._new_attempt(number)
             grace_s = self._effective_spec.cancel_grace_s or 0.0
+            await self._attempt.find()  # else it would be killed, and not asked to save
             save = self._job.intent is not Intent.DISCARD
             self._job = await self._attempt.stop(self._job, save=save, grace_s=grace_s)
             await self._attempt.end()

@@ -7,6 +7,7 @@ earlier gateway started, and neither is fooled by a process id that was given ou
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import select
@@ -28,6 +29,10 @@ STARTING_S = 2.0
 KILL_S = 3.0
 """How long a killed process may take to be gone; one that waits for a disk takes longer."""
 POLL_S = 0.02
+
+_TELLS_NOTHING = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO})
+"""Errors of looking at a process that are ours or the system's. All others say that it has ended,
+or is somebody else's."""
 
 
 class TrainingProcess:
@@ -80,7 +85,10 @@ class TrainingProcess:
 
     @classmethod
     def find(cls, run: RunFolder) -> TrainingProcess | None:
-        """The process of a run that somebody before us started; None: it has ended."""
+        """The process of a run that somebody before us started; None: it has ended.
+
+        Raises OSError if that cannot be told, as when too many files are open.
+        """
         deadline_s = time.monotonic() + STARTING_S
         while is_locked(run):
             for pid in members(run):
@@ -132,12 +140,14 @@ def is_locked(run: RunFolder) -> bool:
 
 
 def members(run: RunFolder) -> list[int]:
-    """The ids of all processes of this run, its own and what they started."""
+    """The ids of all processes of this run, its own and what they started. Raises OSError if
+    they cannot be looked at."""
     return [pid for pid in _pids() if _is_member(run, pid)]
 
 
 def kill_all(run: RunFolder) -> bool:
-    """End every process of a run at once; whether none is left."""
+    """End every process of a run at once; whether none is left. Raises OSError if that cannot
+    be told."""
     deadline_s = time.monotonic() + KILL_S
     while True:
         left = members(run)
@@ -166,8 +176,8 @@ def _kill(run: RunFolder, pid: int, is_its: Callable[[RunFolder, int], bool]) ->
 def _is_member(run: RunFolder, pid: int) -> bool:
     try:
         environment = (PROC / str(pid) / "environ").read_bytes()
-    except OSError:  # it has ended, or is somebody else's
-        return False
+    except OSError as error:
+        return _is_none(error)
     return f"{MARKER}={run.path}".encode() in environment.split(b"\0")
 
 
@@ -196,8 +206,8 @@ def _has_lock(run: RunFolder, pid: int) -> bool:
             and b"FLOCK  ADVISORY  WRITE" in (process / "fdinfo" / fd.name).read_bytes()
             for fd in (process / "fd").iterdir()
         )
-    except OSError:  # it has ended, closes a file as we look, or is somebody else's
-        return False
+    except OSError as error:  # or it closes a file as we look
+        return _is_none(error)
 
 
 def _leads(run: RunFolder, pid: int) -> bool:
@@ -207,8 +217,16 @@ def _leads(run: RunFolder, pid: int) -> bool:
             return False
         lock = run.lock.stat()
         return any(os.path.samestat(lock, fd.stat()) for fd in (PROC / str(pid) / "fd").iterdir())
-    except OSError:  # it has ended, or closes a file as we look
-        return False
+    except OSError as error:  # or it closes a file as we look
+        return _is_none(error)
+
+
+def _is_none(error: OSError) -> bool:
+    """False, where a process could not be looked at because it is none of the run. A run that is
+    taken for ended would be killed, so what says nothing about the process is raised."""
+    if error.errno in _TELLS_NOTHING:
+        raise error
+    return False
 
 
 def _send(pidfd: int, number: signal.Signals) -> None:

@@ -54,6 +54,8 @@ class Script(BaseModel):
     """Does not hear SIGTERM."""
     child: bool = False
     """Starts a process that sleeps, and leaves it behind."""
+    fork: bool = False
+    """Forks a process that sleeps, and has all that it has."""
     rubbish: str = ""
     """Written into the event file before the first step."""
     torn: bool = False
@@ -104,6 +106,9 @@ class Worker:
         self.run.alive.touch()
         if script.child:
             subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+        if script.fork and os.fork() == 0:
+            time.sleep(600)
+            os._exit(0)
         self.pause(script.load_s)
         self.perhaps_die(0)
         self.tell(WorkerEventKind.LOADED, self.plan.spec)

@@ -14,6 +14,7 @@ import pytest
 from store.job_records import EventKind, Intent, JobState
 from tests.trainer.job_stage import TENANT, Stage, stage
 from tests.trainer.scripted_worker import Script
+from trainer.devices import Device
 from trainer.run_folder import RunExit, write_whole
 
 RUNS_ON = Script(steps=20, step_s=0.05, wait_for="go")
@@ -125,17 +126,50 @@ async def test_a_job_that_was_to_be_started_is_started(tmp_path: Path) -> None:
         await whole(s, "one", 3)
 
 
-async def test_a_plan_that_cannot_be_read_stops_no_other_job(tmp_path: Path) -> None:
+@pytest.mark.parametrize("plan", ["{}", '{"device": "7"}', "rubbish"])
+async def test_a_plan_that_cannot_be_read_frees_no_device_and_stops_no_other_job(
+    tmp_path: Path, plan: str
+) -> None:
     async with stage(tmp_path) as s:
         await s.create("one", RUNS_ON)
         job = await s.until_step("one", 1)
+        await s.create("two")
+        await s.until("two", JobState.QUEUED)
         await s.stop()
-        s.run_folder(job).plan.write_text("{}")
+        s.run_folder(job).plan.write_text(plan)
         await s.restart()
+        await s.until_step("one", 20)
+        await asyncio.sleep(0.3)
+        assert (await s.job("two")).state is JobState.QUEUED, "one trains on the device"
         (tmp_path / "go").touch()
         await whole(s, "one", 20)
-        await s.create("two")
         assert (await s.ended("two")).state is JobState.SUCCEEDED
+
+
+async def test_the_store_knows_the_device_that_a_job_was_given_at_last(tmp_path: Path) -> None:
+    async with stage(tmp_path) as s:
+        await s.create("one", Script(steps=2, load_s=30.0))
+        job = await s.until("one", JobState.PREPARING)
+        assert job.device == "cpu"
+        async with asyncio.timeout(10):
+            while not s.processes(job):
+                await asyncio.sleep(0.02)
+        await s.stop()
+        for pid in s.processes(job):  # as if the crash had come before the start
+            os.kill(pid, signal.SIGKILL)
+        s.run_folder(job).lock.unlink()
+        (tmp_path / "scripts" / "one.json").write_text(RUNS_ON.model_dump_json())
+        smi = tmp_path / "nvidia-smi"
+        smi.write_text("#!/bin/sh\necho 81559, 70000, 9.0\n")
+        smi.chmod(0o700)
+        s.devices = (Device("3"),)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("PATH", f"{tmp_path}:{os.defpath}")
+            await s.restart()
+            job = await s.until_step("one", 1)
+        assert job.device == "3"
+        (tmp_path / "go").touch()
+        assert (await s.ended("one")).state is JobState.SUCCEEDED
 
 
 async def test_a_cancel_goes_on_after_a_restart(tmp_path: Path) -> None:

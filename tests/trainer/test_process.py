@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.trainer.job_stage import gone
+from trainer import process as process_module
 from trainer.process import TrainingProcess, is_locked, kill_all, members
 from trainer.run_folder import RunFolder
 
@@ -200,4 +201,33 @@ def test_two_processes_cannot_have_one_folder(run: RunFolder) -> None:
     process = start(run, SLEEP)
     with pytest.raises(BlockingIOError):
         start(run, SLEEP)
+    process.close()
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.EIO])
+@pytest.mark.parametrize("where", ["_is_member", "_leads"])
+def test_a_process_that_cannot_be_looked_at_is_not_taken_for_ended(
+    run: RunFolder, monkeypatch: pytest.MonkeyPatch, where: str, number: int
+) -> None:
+    process = start(run, SLEEP)
+
+    class Broken(type(run.path)):  # type: ignore[misc]
+        def __truediv__(self, name: str) -> Path:
+            wanted = {"_is_member": "environ", "_leads": "fd"}[where]
+            if name == wanted:
+                raise OSError(number, os.strerror(number))
+            return Broken(super().__truediv__(name))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(process_module, "PROC", Broken("/proc"))
+        with pytest.raises(OSError) as caught:
+            TrainingProcess.find(run)
+        assert caught.value.errno == number
+        if where == "_is_member":
+            with pytest.raises(OSError, match=os.strerror(number)):
+                kill_all(run)
+    assert process.running
+    found = TrainingProcess.find(run)
+    assert found is not None
+    found.close()
     process.close()
