@@ -64,6 +64,8 @@ class FakeInference(InferenceServicer):
         self, request: pb.GenerateRequest, context: Context
     ) -> AsyncIterator[pb.GenerateStreamResponse]:
         await self._arrive(request, context)
+        if self.hangs:  # not by the generator's end: nobody closes it after a write was cancelled
+            context.add_done_callback(lambda _: self.cancelled.set())
         words = _words(request)
         yield pb.GenerateStreamResponse(
             started=pb.GenerationStarted(request_id=REQUEST_ID, served_by=_served_by(request))
@@ -71,10 +73,7 @@ class FakeInference(InferenceServicer):
         for word in words:
             yield pb.GenerateStreamResponse(delta=pb.GenerationDelta(text=word))
             if self.hangs:
-                try:
-                    await asyncio.Event().wait()
-                finally:
-                    self.cancelled.set()
+                await asyncio.Event().wait()
             if self.cuts:
                 cut = self.cuts.popleft()
                 if cut is None:
