@@ -1,6 +1,6 @@
 """The base model as its folder tells it, before any weight is loaded.
 
-Two questions: which modules may an adapter change, and of what shape (`base_model_shapes`);
+Two questions: which modules may an adapter change, and of what shape (`base_modules`);
 and is this the same model as over there (`fingerprints`). Both block on the disk, and the
 first imports torch, transformers and vLLM: call them in a thread.
 """
@@ -11,7 +11,7 @@ import hashlib
 import json
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -45,17 +45,32 @@ HEADER_LENGTH = struct.Struct("<Q")
 """How a safetensors file begins: the header's bytes, then the header."""
 
 
-def base_model_shapes(model_path: Path) -> ModuleShapes:
-    """Every module of the base model that an adapter may change, with its shape.
+@dataclass(frozen=True, slots=True)
+class BaseModules:
+    """Every module of a base model that an adapter may change, with its shape."""
 
-    Those are the linear layers of the text decoder, and the embeddings where vLLM's model class
-    names them (`embedding_modules`, vllm/model_executor/models/interfaces.py:681; Llama and
-    Qwen3 do, Qwen2 does not); for these `in` is the vocabulary. The model is built from
-    `config.json` on the meta device, so it needs neither memory nor weights, and a quantized
-    checkpoint has the shapes of the model it stands for. Not in here: the output head (see
-    `logits_without_lora` in `engine/core_plugin.py`), vision and audio towers, whose adapters
-    vLLM ignores unless told otherwise (vllm/lora/model_manager.py:240), and experts, which are
-    no linear layers in transformers.
+    linear: ModuleShapes
+    """The linear layers of the text decoder."""
+    embeddings: ModuleShapes = field(default_factory=dict)
+    """Here `in` is the vocabulary. An adapter of these is served, and not trained: Unsloth would
+    save full copies of them, which vLLM refuses, and PEFT cannot hold them in 4 bits."""
+
+    @property
+    def shapes(self) -> ModuleShapes:
+        """Of all of them."""
+        return {**self.linear, **self.embeddings}
+
+
+def base_modules(model_path: Path) -> BaseModules:
+    """What an adapter may change of the model in that folder.
+
+    The embeddings are in it where vLLM's model class names them (`embedding_modules`,
+    vllm/model_executor/models/interfaces.py:681; Llama and Qwen3 do, Qwen2 does not). The model
+    is built from `config.json` on the meta device, so it needs neither memory nor weights, and a
+    quantized checkpoint has the shapes of the model it stands for. Not in here: the output head
+    (see `logits_without_lora` in `engine/core_plugin.py`), vision and audio towers, whose
+    adapters vLLM ignores unless told otherwise (vllm/lora/model_manager.py:240), and experts,
+    which are no linear layers in transformers.
 
     Raises ModelNotFound if transformers cannot build the model, or vLLM not import its class.
     """
@@ -76,16 +91,17 @@ def base_model_shapes(model_path: Path) -> ModuleShapes:
         ) from error
 
     names = {id(module): name for name, module in model.named_modules()}
-    shapes = {
+    linear = {
         names[id(module)]: (module.out_features, module.in_features)
         for module in model.get_decoder().modules()
         if isinstance(module, torch.nn.Linear)
     }
     adaptable = _adaptable_embeddings(config.architectures or [type(model).__name__])
-    embeddings = model.get_input_embeddings()
-    if names[id(embeddings)].rpartition(".")[2] in adaptable:
-        shapes[names[id(embeddings)]] = (embeddings.embedding_dim, embeddings.num_embeddings)
-    return shapes
+    embedding = model.get_input_embeddings()
+    name = names[id(embedding)]
+    if name.rpartition(".")[2] not in adaptable:
+        return BaseModules(linear)
+    return BaseModules(linear, {name: (embedding.embedding_dim, embedding.num_embeddings)})
 
 
 def _adaptable_embeddings(architectures: list[str]) -> frozenset[str]:

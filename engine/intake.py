@@ -81,7 +81,8 @@ class Intake:
         dtype: str,
         folders: Mapping[str, Callable[[str], Path]] = {},
     ) -> None:
-        """`shapes` are the base model's linear modules, `dtype` is what it computes in.
+        """`shapes` are the base model's modules that an adapter may change, `dtype` is what it
+        computes in.
 
         `folders` tells where adapters lie that we made ourselves, by what their URIs begin with;
         each is called with the rest of a URI, which callers of the gateway cannot choose.

@@ -18,8 +18,8 @@ MAX_NAMED_MODULES = 20
 """That a finding tells to choose among."""
 
 
-def servable_modules(shapes: ModuleShapes) -> tuple[str, ...]:
-    """Last names of the modules that an adapter may change, sorted."""
+def trainable_modules(shapes: ModuleShapes) -> tuple[str, ...]:
+    """Last names of the modules that an adapter can be trained on, sorted."""
     return tuple(sorted({module.rpartition(".")[2] for module in shapes}))
 
 
@@ -29,7 +29,7 @@ def servability_findings(
     """Why an adapter of this `adapter_config.json` could not be served; empty if it could.
 
     Each is a field of the config, empty for the whole of it, and a sentence for its author.
-    `shapes` are the modules of the base model that an adapter may change.
+    `shapes` are the linear layers of the base model, which are all that is trained.
     """
     by_field: dict[str, Findings] = defaultdict(Findings)
     check_fields(config, max_lora_rank, lambda field: by_field[field])
@@ -53,10 +53,12 @@ def _check_targets(targets: Any, shapes: ModuleShapes, findings: Findings) -> No
             "they are trained in every layer",
             paths,
         )
-    names = servable_modules(shapes)
+    names = trainable_modules(shapes)
     missing = [quote(target) for target in targets if "." not in target and target not in names]
     if missing:
         known = ", ".join(names[:MAX_NAMED_MODULES])
         findings.add(
-            f"target_modules has names that no servable module has, choose among {known}", missing
+            "target_modules has names of no linear layer of the decoder, and no others are "
+            f"trained: choose among {known}",
+            missing,
         )

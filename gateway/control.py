@@ -20,7 +20,7 @@ from typing import Any
 
 import grpc
 
-from engine.base_model import ModelFingerprints, ModuleShapes
+from engine.base_model import BaseModules, ModelFingerprints
 from engine.catalog import AdapterCatalog
 from engine.generation import ServedVersion, VersionKey
 from engine.intake import UPLOAD_SCHEME, Intake
@@ -29,7 +29,7 @@ from engine.pool import ServedView, ShardPool
 from engine.probe import Probe
 from engine.residency import Residency
 from engine.residents import Residents
-from engine.servability import servable_modules
+from engine.servability import trainable_modules
 from engine.shard import VllmShard
 from gateway import adapters, metrics, training
 from gateway.adapters import Adapters
@@ -96,7 +96,7 @@ class ControlPlane:
         self._tracing = Tracing(settings.otlp_endpoint)
         self._training = TrainingPlane(settings, state_dir, jobs, training_environment)
         self._served: ServedModel | None = None
-        self._shapes: ModuleShapes = {}
+        self._modules = BaseModules({})
         self._residencies: dict[str, Residency] = {}
         self._residents: list[Residents] = []
         self._catalog: AdapterCatalog | None = None
@@ -128,11 +128,11 @@ class ControlPlane:
                 self._arms.record(outcomes)
 
     def check_for(
-        self, model_path: Path, shapes: ModuleShapes, prints: ModelFingerprints, dtype: str
+        self, model_path: Path, modules: BaseModules, prints: ModelFingerprints, dtype: str
     ) -> None:
         """Take in adapters for this base model, which computes in `dtype`."""
         settings = self._settings
-        self._shapes = shapes
+        self._modules = modules
         self._served = ServedModel(
             name=settings.model,
             path=model_path,
@@ -140,13 +140,13 @@ class ControlPlane:
             dtype=dtype,
             max_model_len=settings.max_model_len,
             max_lora_rank=int(settings.max_lora_rank),
-            target_modules=servable_modules(shapes),
+            target_modules=trainable_modules(modules.linear),
         )
         self._intake = Intake(
             self._store,
             self._uploads,
             self._sources,
-            shapes,
+            modules.shapes,
             prints,
             max_lora_rank=int(settings.max_lora_rank),
             dtype=dtype,
@@ -185,7 +185,7 @@ class ControlPlane:
             self._registry, self._sources, pool, shard, self._settings.max_num_seqs
         )
         servicer = self._training.serve(
-            served, self._shapes, shard, catalog, self._registry, self._admission
+            served, self._modules.linear, shard, catalog, self._registry, self._admission
         )
         self._server = self._build_server(catalog, evaluations, servicer)
 

@@ -19,7 +19,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from engine.base_model import ModelFingerprints, base_model_shapes, fingerprints
+from engine.base_model import ModelFingerprints, base_modules, fingerprints
 from engine.core import ClientSlot, EngineCore, EngineOptions
 from engine.errors import MAX_NAMES, CoreFailed
 from engine.models import resolve_model
@@ -146,10 +146,10 @@ class Host:
         self._watch(fleet.run())
         await control.open()
 
-        shapes = await asyncio.to_thread(base_model_shapes, model_path)
+        modules = await asyncio.to_thread(base_modules, model_path)
         config = await asyncio.to_thread(_engine_options(settings, model_path).build_config)
         dtype = str(config.model_config.dtype).removeprefix("torch.")
-        control.check_for(model_path, shapes, prints, dtype)
+        control.check_for(model_path, modules, prints, dtype)
         for adapter, folder in settings.adapter.items():
             await control.check(adapter, folder)  # before minutes are spent on the core
 

@@ -81,8 +81,8 @@ class CatalogPublisher:
         served: ServedModel,
         shapes: ModuleShapes,
     ) -> None:
-        """`shapes` are the base model's modules that an adapter may change. The catalog has to
-        know checkpoints as a source, and to ask `CheckpointGate` about their versions."""
+        """`shapes` are the base model's linear layers. The catalog has to know checkpoints as a
+        source, and to ask `CheckpointGate` about their versions."""
         self._catalog = catalog
         self._registry = registry
         self._sources = sources

@@ -72,7 +72,8 @@ class TrainingPlane:
         registry: Registry,
         admission: Admission,
     ) -> Training:
-        """The servicer, which renders on `shard` and publishes into `catalog`."""
+        """The servicer, which renders on `shard` and publishes into `catalog`. `shapes` are the
+        base model's linear layers."""
         settings, environment = self._settings, self._environment
         python = settings.python_that_trains
         self._preparations = preparations = Preparations(

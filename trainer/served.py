@@ -22,4 +22,4 @@ class ServedModel:
     max_model_len: int
     max_lora_rank: int
     target_modules: tuple[str, ...]
-    """Last names of modules that can have an adapter."""
+    """Last names of modules that an adapter can be trained on."""

@@ -16,7 +16,7 @@ from vllm.lora.lora_model import LoRAModel
 from vllm.lora.peft_helper import PEFTHelper
 
 from engine.adapters import AdapterFacts, check_adapter
-from engine.base_model import ModuleShapes, base_model_shapes
+from engine.base_model import BaseModules, ModuleShapes, base_modules
 from engine.errors import AdapterInvalid
 from tests.corpus import draft
 from tests.corpus.draft import (
@@ -44,6 +44,7 @@ __all__ = [
     "Spoil",
     "a",
     "b",
+    "base_llama",
     "base_shapes",
     "check",
     "configure",
@@ -105,11 +106,16 @@ Spoil = Callable[[Draft], object]
 
 
 @functools.cache
-def base_shapes() -> ModuleShapes:
-    """Of the tiny Llama."""
+def base_llama() -> BaseModules:
+    """Modules of the tiny Llama."""
     with tempfile.TemporaryDirectory() as folder:
         LLAMA.save_pretrained(folder)
-        return base_model_shapes(Path(folder))
+        return base_modules(Path(folder))
+
+
+def base_shapes() -> ModuleShapes:
+    """Of those that an adapter may change."""
+    return base_llama().shapes
 
 
 def check(folder: Path, **options: Any) -> AdapterFacts:

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen3MoeConfig
 
-from engine.base_model import base_model_shapes, fingerprints
+from engine.base_model import base_modules, fingerprints
 from engine.errors import ModelNotFound
 
 TINY: dict[str, Any] = {
@@ -39,8 +39,8 @@ def write_config(folder: Path, **changes: Any) -> Path:
 
 
 def test_every_linear_layer_of_the_decoder_has_its_shape(tmp_path: Path) -> None:
-    shapes = base_model_shapes(write_config(tmp_path))
-    assert {name: shape for name, shape in shapes.items() if ".layers.1." in name} == {
+    linear = base_modules(write_config(tmp_path)).linear
+    assert {name: shape for name, shape in linear.items() if ".layers.1." in name} == {
         "model.layers.1.self_attn.q_proj": (32, 32),
         "model.layers.1.self_attn.k_proj": (16, 32),
         "model.layers.1.self_attn.v_proj": (16, 32),
@@ -49,42 +49,43 @@ def test_every_linear_layer_of_the_decoder_has_its_shape(tmp_path: Path) -> None
         "model.layers.1.mlp.up_proj": (48, 32),
         "model.layers.1.mlp.down_proj": (32, 48),
     }
-    assert len(shapes) == 2 * 7 + 1
+    assert len(linear) == 2 * 7
 
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_embeddings_are_there_if_vllm_adapts_them_and_the_head_never_is(
     tmp_path: Path, tied: bool
 ) -> None:
-    shapes = base_model_shapes(write_config(tmp_path, tie_word_embeddings=tied))
-    assert shapes["model.embed_tokens"] == (32, 96)
-    assert "lm_head" not in shapes
+    modules = base_modules(write_config(tmp_path, tie_word_embeddings=tied))
+    assert modules.embeddings == {"model.embed_tokens": (32, 96)}
+    assert modules.shapes == {**modules.linear, **modules.embeddings}
+    assert "lm_head" not in modules.shapes
 
 
 def test_embeddings_are_not_there_if_vllm_does_not_adapt_them(tmp_path: Path) -> None:
     config = Qwen2Config(**TINY, architectures=["Qwen2ForCausalLM"])
     config.save_pretrained(tmp_path)
-    assert {name.split(".")[1] for name in base_model_shapes(tmp_path)} == {"layers"}
+    assert {name.split(".")[1] for name in base_modules(tmp_path).shapes} == {"layers"}
 
 
 def test_fused_experts_are_no_linear_layers(tmp_path: Path) -> None:
     config = Qwen3MoeConfig(**TINY, num_experts=4, architectures=["Qwen3MoeForCausalLM"])
     config.save_pretrained(tmp_path)
-    assert not [name for name in base_model_shapes(tmp_path) if "experts" in name]
+    assert not [name for name in base_modules(tmp_path).shapes if "experts" in name]
 
 
 @pytest.mark.parametrize("quantization", [BNB, GPTQ, FP8], ids=["bitsandbytes", "gptq", "fp8"])
 def test_a_quantized_checkpoint_has_the_shapes_of_the_model_it_stands_for(
     tmp_path: Path, quantization: dict[str, Any]
 ) -> None:
-    expected = base_model_shapes(write_config(tmp_path))
-    assert base_model_shapes(write_config(tmp_path, quantization_config=quantization)) == expected
+    expected = base_modules(write_config(tmp_path))
+    assert base_modules(write_config(tmp_path, quantization_config=quantization)) == expected
 
 
 def test_a_large_model_needs_neither_weights_nor_memory(tmp_path: Path) -> None:
     large = {"hidden_size": 8192, "intermediate_size": 28_672, "num_hidden_layers": 80}
-    shapes = base_model_shapes(write_config(tmp_path, **large, num_attention_heads=64))
-    assert shapes["model.layers.79.mlp.up_proj"] == (28_672, 8192)
+    modules = base_modules(write_config(tmp_path, **large, num_attention_heads=64))
+    assert modules.linear["model.layers.79.mlp.up_proj"] == (28_672, 8192)
 
 
 @pytest.mark.parametrize(
@@ -101,13 +102,13 @@ def test_a_config_that_cannot_be_built_is_no_model(
 ) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ModelNotFound, match=message) as caught:
-        base_model_shapes(tmp_path)
+        base_modules(tmp_path)
     assert "\n" not in str(caught.value)
 
 
 def test_a_folder_without_a_config_is_no_model(tmp_path: Path) -> None:
     with pytest.raises(ModelNotFound):
-        base_model_shapes(tmp_path)
+        base_modules(tmp_path)
     with pytest.raises(ModelNotFound):
         fingerprints(tmp_path)
 

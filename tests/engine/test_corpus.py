@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.base_model import base_model_shapes, fingerprints
+from engine.base_model import base_modules, fingerprints
 from engine.errors import AdapterInvalid
 from engine.intake import Announced, Intake
 from engine.models import resolve_model
@@ -55,7 +55,7 @@ def intake(root: Path, model: Path, allowed: Path) -> Iterator[Intake]:
         ArtifactStore(root),
         UploadStore(root),
         AllowedSources([str(allowed)]),
-        base_model_shapes(model),
+        base_modules(model).shapes,
         fingerprints(model),
         max_lora_rank=MAX_LORA_RANK,
         dtype="float32",

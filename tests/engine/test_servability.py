@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from engine.servability import servability_findings, servable_modules
-from tests.engine.drafts import MAX_LORA_RANK, base_shapes
+from engine.servability import servability_findings, trainable_modules
+from tests.engine.drafts import MAX_LORA_RANK, base_llama
 
 GOOD = {
     "peft_type": "LORA",
@@ -18,22 +18,22 @@ GOOD = {
     "target_modules": ["q_proj", "down_proj"],
     "bias": "none",
 }
+LINEAR = base_llama().linear
 
 
 def findings(**changes: Any) -> list[tuple[str, str]]:
-    return servability_findings({**GOOD, **changes}, base_shapes(), MAX_LORA_RANK)
+    return servability_findings({**GOOD, **changes}, LINEAR, MAX_LORA_RANK)
 
 
 def test_what_can_be_served_has_no_findings() -> None:
     assert findings() == []
-    assert findings(r=MAX_LORA_RANK, target_modules=list(servable_modules(base_shapes()))) == []
+    assert findings(r=MAX_LORA_RANK, target_modules=list(trainable_modules(LINEAR))) == []
     assert findings(target_modules=["gate_proj", "up_proj"]) == []
 
 
-def test_the_modules_of_the_base_model_are_named_once_each() -> None:
-    assert servable_modules(base_shapes()) == (
+def test_the_linear_layers_of_the_base_model_are_named_once_each() -> None:
+    assert trainable_modules(LINEAR) == (
         "down_proj",
-        "embed_tokens",
         "gate_proj",
         "k_proj",
         "o_proj",
@@ -53,6 +53,8 @@ def test_the_modules_of_the_base_model_are_named_once_each() -> None:
         ({"target_modules": []}, "target_modules", "must be a list of module names"),
         ({"target_modules": ["q_proj", "lm_head"]}, "target_modules", "choose among down_proj"),
         ({"target_modules": ["proj"]}, "target_modules", "'proj'"),
+        # Of which an adapter is served, but not trained.
+        ({"target_modules": ["embed_tokens"]}, "target_modules", "no linear layer"),
         ({"target_modules": ["self_attn.q_proj"]}, "target_modules", "must be last names"),
         ({"target_modules": ["a.lm_head"]}, "target_modules", "must be last names"),
         ({"use_dora": True}, "use_dora", "train with use_dora false"),

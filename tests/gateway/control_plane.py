@@ -23,7 +23,7 @@ import pytest
 
 import engine.intake
 from engine.adapters import AdapterFacts
-from engine.base_model import ModelFingerprints, ModuleShapes
+from engine.base_model import BaseModules, ModelFingerprints
 from engine.errors import AdapterInvalid, GenerationFailed
 from engine.fake import FakeShard, Script
 from engine.generation import (
@@ -194,12 +194,12 @@ async def control_plane(
     fleet: WorkerFleet | None = None,
     shard: LoadableShard | None = None,
     model: Path = Path("no-model"),
-    shapes: ModuleShapes | None = None,
+    modules: BaseModules | None = None,
     **settings: Any,
 ) -> AsyncIterator[Plane]:
     """A control plane with its state in `folder`. Opened there again, it goes on.
 
-    Only what reads datasets needs the folder of a `model`, and only jobs its `shapes`.
+    Only what reads datasets needs the folder of a `model`, and only jobs its `modules`.
     """
     monkeypatch.setattr(engine.intake, "check_adapter", check_by_config)
     sources, state = folder / "sources", folder / "state"
@@ -220,7 +220,7 @@ async def control_plane(
             os.environ,
         )
         await control.open()
-        control.check_for(model, shapes or {}, SERVED, "bfloat16")
+        control.check_for(model, modules or BaseModules({}), SERVED, "bfloat16")
         control.serve_on(engine_side)
         running = asyncio.create_task(control.run())
         await control.serve()

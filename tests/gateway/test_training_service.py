@@ -12,6 +12,7 @@ import grpc
 import pytest
 import pytest_asyncio
 
+from engine.base_model import BaseModules
 from engine.models import resolve_model
 from lora_gateway.v1 import training_pb2 as pb
 from lora_gateway.v1.training_pb2_grpc import TrainingStub
@@ -19,10 +20,13 @@ from tests.gateway.control_plane import Plane, control_plane
 from tests.gateway.promises import refused
 
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj")
-SHAPES = {
-    **{f"model.layers.0.self_attn.{name}": (256, 256) for name in MODULES},
-    **{f"model.layers.0.mlp.{name}_proj": (512, 256) for name in ("gate", "up", "down")},
-}
+BASE = BaseModules(
+    {
+        **{f"model.layers.0.self_attn.{name}": (256, 256) for name in MODULES},
+        **{f"model.layers.0.mlp.{name}_proj": (512, 256) for name in ("gate", "up", "down")},
+    },
+    {"model.embed_tokens": (256, 1024)},
+)
 ROW = {
     "messages": [
         {"role": "user", "content": "Who keeps the light?"},
@@ -42,7 +46,7 @@ async def plane(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: Path
 ) -> AsyncIterator[Plane]:
     async with control_plane(
-        tmp_path, monkeypatch, model=model, shapes=SHAPES, training_devices=["cpu"]
+        tmp_path, monkeypatch, model=model, modules=BASE, training_devices=["cpu"]
     ) as plane:
         yield plane
 
@@ -278,6 +282,7 @@ async def test_all_that_is_wrong_with_a_spec_comes_at_once(stub: Any) -> None:
         ({"lora": pb.LoraSpec(r=64)}, "spec.lora.r"),
         ({"lora": pb.LoraSpec(target_modules=["lm_head"])}, "spec.lora.target_modules"),
         ({"lora": pb.LoraSpec(target_modules=["a.q_proj"])}, "spec.lora.target_modules"),
+        ({"lora": pb.LoraSpec(target_modules=["embed_tokens"])}, "spec.lora.target_modules"),
         ({"lora": pb.LoraSpec(bias="all")}, "spec.lora.bias"),
         ({"data": pb.DataSpec(max_sequence_tokens=9999)}, "spec.data.max_sequence_tokens"),
     ],
@@ -386,5 +391,6 @@ async def test_pitfalls_capabilities_tell_what_is_trained_and_served(stub: Any) 
     assert list(told.backends) == [pb.BACKEND_UNSLOTH, pb.BACKEND_PEFT]
     assert list(told.devices) == ["cpu"]
     assert (told.max_lora_rank, told.max_model_len) == (32, 2048)
-    assert set(MODULES) <= set(told.target_modules)
+    # Not the embeddings, of which an adapter is served, but not trained.
+    assert set(told.target_modules) == {*MODULES, "gate_proj", "up_proj", "down_proj"}
     assert told.versions["unsloth"] and told.versions["peft"]

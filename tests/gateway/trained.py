@@ -18,7 +18,7 @@ from gateway.gating import CheckpointGate
 from gateway.publishing import CatalogPublisher
 from store.job_records import Intent, JobRecord, JobState
 from tests.engine.crowd import SHARD
-from tests.engine.drafts import MAX_LORA_RANK, Q_PROJ, Draft, Spoil, a, base_shapes
+from tests.engine.drafts import MAX_LORA_RANK, Q_PROJ, Draft, Spoil, a, base_llama
 from tests.engine.library import PRINTS, TENANT, Library, library
 from tests.engine.scoring_shard import ScoringShard, logprob
 from tests.engine.test_gate import VERSION
@@ -169,5 +169,5 @@ async def trained(root: Path) -> AsyncIterator[Trained]:
         gate = CheckpointGate(sources, served)
         assert at.residency is not None
         at.catalog.serve_on({SHARD: at.residency}, pool, at.probe, {TRAIN_SCHEME: gate})
-        publisher = CatalogPublisher(at.catalog, at.registry, sources, served, base_shapes())
+        publisher = CatalogPublisher(at.catalog, at.registry, sources, served, base_llama().linear)
         yield Trained(at, shard, sources, publisher)

@@ -602,8 +602,8 @@ class LoraSpec(google.protobuf.message.Message):
     """
     @property
     def target_modules(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
-        """target_modules that get an adapter, in every layer: last names of modules,
-        without dots. At most 64, each once and of 1 to 128 characters. Default:
+        """target_modules that get an adapter, in every layer: last names of linear
+        layers, without dots. At most 64, each once and of 1 to 128 characters. Default:
         q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj.
         """
 
@@ -2755,7 +2755,7 @@ class GetCapabilitiesResponse(google.protobuf.message.Message):
 
     @property
     def target_modules(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
-        """target_modules that can be served."""
+        """target_modules that can be trained: the linear layers of the decoder."""
 
     @property
     def versions(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.str]:
