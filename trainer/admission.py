@@ -15,8 +15,9 @@ from trainer.errors import (
     InvalidSpec,
     TrainingUnavailable,
 )
-from trainer.estimate import WIDTH_BYTES, Estimate, Pace, Price, estimate, pace_of
+from trainer.estimate import Estimate, Pace, Price, estimate, pace_of
 from trainer.events import Progress
+from trainer.footprint import WIDTH_BYTES
 from trainer.means import DATA_PATH, Means
 from trainer.model_size import ModelSize, model_size
 from trainer.publisher import Finding

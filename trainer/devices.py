@@ -15,6 +15,8 @@ from trainer.errors import TrainingUnavailable
 
 CPU = "cpu"
 
+MEMORY_SHARE = 0.95
+"""Of what is free on a GPU when a run starts; the rest is left to those beside it."""
 QUERY_S = 10.0
 """How long a query of a GPU may take. A driver that hangs hangs its tools."""
 FIRST_BFLOAT16 = 8.0
@@ -46,6 +48,15 @@ class DeviceFacts:
     memory_available_bytes: int
     bfloat16: bool
     """Whether it computes in bfloat16."""
+
+
+def usable_bytes(facts: DeviceFacts, *, on_gpu: bool) -> int:
+    """Memory that a run may take which starts now; 0: it is given no limit.
+
+    A limit is there to be tried out (`fit_micro_batch`), and on a CPU that would take the memory
+    from serving, or have the kernel end one of the two.
+    """
+    return int(MEMORY_SHARE * facts.memory_available_bytes) if on_gpu else 0
 
 
 def device_facts(device: Device) -> DeviceFacts:

@@ -5,32 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from trainer.devices import DeviceFacts
-from trainer.effective import HIGH_LEARNING_RATE, HIGH_SCALE
+from trainer.devices import DeviceFacts, usable_bytes
+from trainer.effective import HIGH_LEARNING_RATE, HIGH_SCALE, effective_spec
+from trainer.footprint import Footprint
+from trainer.micro_batch import Shape, fitted, shape_text
 from trainer.model_size import ModelSize
 from trainer.report import DatasetReport
-from trainer.spec import (
-    GradientCheckpointing,
-    JobSpec,
-    Optimizer,
-    Precision,
-    Quantization,
-)
+from trainer.spec import GradientCheckpointing, JobSpec
 from trainer.steps import epochs_of, steps_of, training_rows
-
-NF4_BYTES = 4.5 / 8
-"""Of a weight in 4 bits, with its share of the scales."""
-WIDTH_BYTES = {Precision.BFLOAT16: 2, Precision.FLOAT32: 4}
-MASTER_BYTES, GRADIENT_BYTES = 4, 4
-"""Of a weight of the adapter, which is trained in float32."""
-OPTIMIZER_BYTES = {Optimizer.ADAMW_8BIT: 2, Optimizer.ADAMW: 8}
-"""AdamW's two numbers of a weight."""
-LAYER_HIDDEN, LAYER_INTERMEDIATE = 14, 4
-"""What the backward pass of a layer needs of each token: vectors of these two lengths."""
-LOGIT_COPIES = 3
-"""Of a row's logits in float32, while the loss is computed: themselves, softmax, gradient."""
-LIBRARIES_GPU_BYTES, LIBRARIES_CPU_BYTES = 700 * 1024**2, 900 * 1024**2
-"""A CUDA context with its kernels; PyTorch and Unsloth in a process's memory."""
 
 GPU_FLOPS, CPU_FLOPS = 1.5e14, 5e10
 """What training gets out of a data centre's GPU, and of two cores of a server."""
@@ -89,15 +71,22 @@ def estimate(
     pace: Pace | None,
     price: Price | None,
 ) -> Estimate:
-    """Of a resolved spec; `report` is its dataset's, and `served_width_bytes` a saved weight's."""
+    """Of a resolved spec; `report` is its dataset's, and `served_width_bytes` a saved weight's.
+
+    Where the trainer is to fit rows into memory, memory and time are of what it would choose.
+    """
+    spec, _ = effective_spec(spec, on_gpu=on_gpu, bfloat16=facts.bfloat16)
     rows = training_rows(spec, report.rows)
     steps, epochs = steps_of(spec, rows), epochs_of(spec, rows)
     tokens = round(report.tokens.total * (rows / report.rows if report.rows else 0) * epochs)
     assert spec.lora.r is not None
     adapter = size.adapter_parameters(spec.lora.r, spec.lora.target_modules)
-    memory_bytes = _memory_bytes(spec, report, size, adapter, on_gpu=on_gpu)
+    footprint = Footprint(spec, size, report.tokens.max, on_gpu)
+    usable = usable_bytes(facts, on_gpu=on_gpu)
+    shape, assumed = _shape(spec, footprint, usable)
+    memory_bytes = footprint.total_bytes(shape)
     if pace is None:
-        checkpointed = _checkpointing(spec) is not GradientCheckpointing.OFF
+        checkpointed = shape.checkpointing is not GradientCheckpointing.OFF
         # Forward 2, backward 2 (frozen weights have no gradient), and forward once more.
         operations = (6 if checkpointed else 4) * size.parameters
         pace = Pace((GPU_FLOPS if on_gpu else CPU_FLOPS) / operations, START_S)
@@ -117,39 +106,34 @@ def estimate(
         adapter_bytes=adapter * served_width_bytes,
         lora_scale=spec.lora.scale,
         measured=measured,
-        warnings=tuple(
-            _warnings(spec, report, steps, memory_bytes, facts, max_model_len, max_lora_rank)
+        warnings=(
+            *_warnings(spec, report, steps, memory_bytes, facts, max_model_len, max_lora_rank),
+            *assumed,
         ),
     )
 
 
-def _checkpointing(spec: JobSpec) -> GradientCheckpointing:
-    return spec.hyperparameters.gradient_checkpointing or GradientCheckpointing.OFF
-
-
-def _memory_bytes(
-    spec: JobSpec, report: DatasetReport, size: ModelSize, adapter: int, *, on_gpu: bool
-) -> int:
+def _shape(spec: JobSpec, footprint: Footprint, usable: int) -> tuple[Shape, Sequence[str]]:
+    """What a step is computed in, with so many bytes for it (0: as asked); and what is to be known
+    of that."""
     asked = spec.hyperparameters
-    assert asked.precision and asked.optimizer and asked.micro_batch_size
-    width_bytes = WIDTH_BYTES[asked.precision]
-    quantized = asked.quantization is Quantization.NF4
-    weights = size.linear * (NF4_BYTES if quantized else width_bytes) + size.other * width_bytes
-    optimizer = asked.optimizer if on_gpu else Optimizer.ADAMW
-    trained = adapter * (MASTER_BYTES + GRADIENT_BYTES + OPTIMIZER_BYTES[optimizer])
-    tokens = asked.micro_batch_size * report.tokens.max
-    layer = tokens * (LAYER_HIDDEN * size.hidden + LAYER_INTERMEDIATE * size.intermediate)
-    kept = tokens * size.hidden * size.layers
-    match _checkpointing(spec):
-        case GradientCheckpointing.OFF:
-            numbers = layer * size.layers
-        case GradientCheckpointing.UNSLOTH if on_gpu:
-            numbers = layer  # what is kept of the others goes to the host
-        case _:
-            numbers = layer + kept
-    logits = tokens * size.vocabulary * 4 * LOGIT_COPIES
-    libraries = LIBRARIES_GPU_BYTES if on_gpu else LIBRARIES_CPU_BYTES
-    return round(weights + trained + numbers * width_bytes + logits + libraries)
+    assert asked.micro_batch_size and asked.gradient_checkpointing
+    if not (asked.fit_micro_batch and usable):
+        return Shape(asked.micro_batch_size, asked.gradient_checkpointing), ()
+    shape = footprint.fitted(usable)
+    if shape is None:
+        smallest = Shape(1, asked.gradient_checkpointing)
+        return smallest, [
+            f"one row at once needs about {footprint.total_bytes(smallest) / 1e9:.1f} GB and a run "
+            f"may take {usable / 1e9:.1f} GB: reduce max_sequence_tokens or r"
+        ]
+    _, changes = fitted(asked, shape)
+    if not changes:
+        return shape, ()
+    return shape, [
+        f"memory and time are of {shape_text(asked, shape)}: the trainer tries what fits the "
+        "device (fit_micro_batch), and is likely to find that"
+    ]
 
 
 def _warnings(
@@ -188,7 +172,7 @@ def _warnings(
             f"rows have at most {data.max_sequence_tokens} tokens, and the server takes "
             f"{max_model_len}: longer prompts are not what it was trained for"
         )
-    if memory_bytes > facts.memory_available_bytes:
+    if memory_bytes > facts.memory_available_bytes and not asked.fit_micro_batch:
         yield (
             f"it needs about {memory_bytes / 1e9:.1f} GB and the device has "
             f"{facts.memory_available_bytes / 1e9:.1f} GB free: reduce micro_batch_size or "

@@ -13,7 +13,7 @@ from store.job_records import DatasetRecord, JobRecord
 from store.jobs import JobStore
 from trainer.data_limits import unservable
 from trainer.device_queue import DeviceQueue
-from trainer.devices import Device, device_facts
+from trainer.devices import Device, device_facts, usable_bytes
 from trainer.errors import TrainingUnavailable, UnservableAdapter
 from trainer.journal import Journal
 from trainer.preparation import Prepared
@@ -24,8 +24,6 @@ from trainer.spec import DatasetFormat, DataSpec, JobSpec
 
 DATA_PATH = "spec.data"
 """Of a job's DataSpec in the request."""
-MEMORY_SHARE = 0.95
-"""Of what is free on a GPU when a run starts; the rest is left to those beside it."""
 
 
 class Preparer(Protocol):
@@ -124,6 +122,7 @@ class Means:
         Raises DatasetInvalid, or TrainingUnavailable if the device does not answer.
         """
         rows = await self.rows(job)
+        facts = await asyncio.to_thread(device_facts, device)
         return RunPlan(
             tenant=job.tenant,
             job=job.name,
@@ -137,7 +136,7 @@ class Means:
             dataset_sha256=rows.dataset.sha256,
             rows=str(rows.prepared.folder),
             eval_rows="" if rows.held_out is None else str(rows.held_out.folder),
-            memory_bytes=await asyncio.to_thread(_memory_bytes, device),
+            memory_bytes=usable_bytes(facts, on_gpu=device.on_gpu),
         )
 
 
@@ -146,14 +145,3 @@ def _differing(ours: Mapping[str, str], theirs: Mapping[str, str]) -> list[str]:
     return sorted(
         name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name)
     )
-
-
-def _memory_bytes(device: Device) -> int:
-    """What a run may take of the device; 0: it is given no limit. Raises TrainingUnavailable.
-
-    A limit is there to be tried out (`fit_micro_batch`), and on a CPU that would take the memory
-    from serving, or have the kernel end one of the two.
-    """
-    if not device.on_gpu:
-        return 0
-    return int(MEMORY_SHARE * device_facts(device).memory_available_bytes)

@@ -97,13 +97,19 @@ def fitted(asked: Hyperparameters, shape: Shape) -> tuple[Hyperparameters, tuple
         return asked, ()
     notice = Notice(
         code="MICRO_BATCH_FITTED",
-        message=(
-            f"{shape.micro_batch_size} rows at once and {rows // shape.micro_batch_size} times a "
-            f"step, with gradient checkpointing {shape.checkpointing.value}: the fastest that fits "
-            "the memory"
-        ),
+        message=f"{shape_text(asked, shape)}: the fastest that fits the memory",
     )
     return changed, (notice,)
+
+
+def shape_text(asked: Hyperparameters, shape: Shape) -> str:
+    """A shape of the step that was asked for, for people."""
+    assert asked.micro_batch_size and asked.gradient_accumulation
+    times = asked.micro_batch_size * asked.gradient_accumulation // shape.micro_batch_size
+    return (
+        f"{shape.micro_batch_size} rows at once and {times} times a step, with gradient "
+        f"checkpointing {shape.checkpointing.value}"
+    )
 
 
 def divisors(number: int) -> list[int]:

@@ -2274,7 +2274,9 @@ class Estimate(google.protobuf.message.Message):
 
     @property
     def warnings(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
-        """warnings about the spec; empty: none."""
+        """warnings about the spec, and in which shape of a step memory and duration
+        are, where fit_micro_batch leaves that to the trainer; empty: none.
+        """
 
     def __init__(
         self,
