@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from engine.models import resolve_model
+from tests.trainer.proxy import Proxy
 from tests.trainer.templates import CHATML, Models, write_tokenizer
 from tests.trainer.training_run import STARTED, Ended, start, write_rows
 from trainer.spec import Backend
@@ -41,17 +43,34 @@ HOLD_OUT_TWO = {"data": {"eval_fraction": 0.1}}
 
 
 @pytest.fixture(scope="session")
-def peft_run(tiny: Path, rows: Path, tmp_path_factory: pytest.TempPathFactory) -> Ended:
-    """A run by PEFT that has ended, of the defaults but for two rows that are held out."""
-    folder = tmp_path_factory.mktemp("runs") / "peft"
-    return start(folder, tiny, rows, HOLD_OUT_TWO, backend=Backend.PEFT).wait()
+def proxy() -> Iterator[Proxy]:
+    """Between the two runs below and the network."""
+    proxy = Proxy()
+    yield proxy
+    proxy.close()
+
+
+def run_defaults(backend: Backend, tiny: Path, rows: Path, folder: Path, proxy: Proxy) -> Ended:
+    environment = {**os.environ, **proxy.environment}
+    running = start(folder, tiny, rows, HOLD_OUT_TWO, backend=backend, environment=environment)
+    return running.wait()
 
 
 @pytest.fixture(scope="session")
-def unsloth_run(tiny: Path, rows: Path, tmp_path_factory: pytest.TempPathFactory) -> Ended:
+def peft_run(
+    tiny: Path, rows: Path, proxy: Proxy, tmp_path_factory: pytest.TempPathFactory
+) -> Ended:
+    """A run by PEFT that has ended, of the defaults but for two rows that are held out."""
+    return run_defaults(Backend.PEFT, tiny, rows, tmp_path_factory.mktemp("runs") / "peft", proxy)
+
+
+@pytest.fixture(scope="session")
+def unsloth_run(
+    tiny: Path, rows: Path, proxy: Proxy, tmp_path_factory: pytest.TempPathFactory
+) -> Ended:
     """The same by Unsloth."""
     folder = tmp_path_factory.mktemp("runs") / "unsloth"
-    return start(folder, tiny, rows, HOLD_OUT_TWO, backend=Backend.UNSLOTH).wait()
+    return run_defaults(Backend.UNSLOTH, tiny, rows, folder, proxy)
 
 
 @pytest.fixture(autouse=True)

@@ -249,7 +249,7 @@ async def test_a_job_is_deleted_with_its_files_once_it_has_ended(tmp_path: Path)
         assert not (tmp_path / "jobs" / created.uid).exists()
 
 
-async def test_checkpoints_are_those_that_are_still_whole(tmp_path: Path) -> None:
+async def test_pitfalls_checkpoints_are_listed_as_far_as_they_are_whole(tmp_path: Path) -> None:
     async with stage(tmp_path) as s:
         await s.create("one", Script(steps=4, save_each=True))
         job = await s.ended("one")

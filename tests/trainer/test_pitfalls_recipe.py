@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.trainer.conftest import HOLD_OUT_TWO
+from tests.trainer.proxy import Proxy
 from tests.trainer.training_run import Ended, adapter_config, read, start
 from trainer.checkpoint import folder_of, verified_manifest
+from trainer.environment import training_environment
 from trainer.events import FailureReason, WorkerEventKind
 from trainer.rows import IGNORED
 from trainer.spec import (
@@ -65,10 +68,18 @@ def test_pitfalls_learning_rate_falls_on_a_cosine(run: str, request: pytest.Fixt
     assert rates == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("run", ["peft_run", "unsloth_run"])
-def test_pitfalls_nothing_is_counted_or_fetched(run: str, request: pytest.FixtureRequest) -> None:
-    ended: Ended = request.getfixturevalue(run)
-    assert "huggingface.co" not in ended.log and "wandb" not in ended.log
+def test_pitfalls_nothing_is_counted_or_fetched(
+    peft_run: Ended, unsloth_run: Ended, proxy: Proxy
+) -> None:
+    assert peft_run.code == unsloth_run.code == 0
+    assert proxy.asked == []
+    # Who asks for something in the environment of such a process is seen.
+    environment = training_environment(proxy.environment, peft_run.run)
+    handler = urllib.request.ProxyHandler({"https": environment["https_proxy"]})
+    with pytest.raises(OSError, match="403 Forbidden"):
+        urllib.request.build_opener(handler).open("https://huggingface.co/unsloth")
+    assert [line.split()[:2] for line in proxy.asked] == [["CONNECT", "huggingface.co:443"]]
+    proxy.asked.clear()
 
 
 def test_pitfalls_there_is_no_float16() -> None:

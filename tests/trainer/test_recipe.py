@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
+from engine.base_model import fingerprints
 from tests.trainer.training_run import Ended, adapter_config
 from trainer.backends.quantization import keep_trainable_on_cpu
 from trainer.checkpoint import CheckpointCorrupt, folder_of, verified_manifest, verify
@@ -91,7 +93,7 @@ def test_the_eval_loss_is_of_tokens_and_not_of_rows(ended: Ended) -> None:
     assert verify(folder).eval_loss == pytest.approx(-sum(logprobs) / len(logprobs), abs=0.02)
 
 
-def test_the_newest_two_checkpoints_are_kept_whole(ended: Ended) -> None:
+def test_pitfalls_each_epoch_is_saved_and_the_newest_two_are_kept_whole(ended: Ended) -> None:
     saved = ended.payloads(WorkerEventKind.CHECKPOINT)
     assert [(item["step"], item["final"]) for item in saved] == [(3, False), (6, False), (9, True)]
     assert saved[-1]["folder"] == "attempts/1/checkpoints/checkpoint-9"
@@ -110,10 +112,13 @@ def test_the_newest_two_checkpoints_are_kept_whole(ended: Ended) -> None:
         assert needed in manifest.files
 
 
-def test_the_manifest_tells_where_the_adapter_comes_from(ended: Ended) -> None:
+def test_pitfalls_the_manifest_tells_where_the_adapter_comes_from(ended: Ended, tiny: Path) -> None:
     manifest = verified_manifest(ended.run)
     assert manifest.dataset_sha256 == "d" * 64
     assert manifest.base_model == "tiny" and manifest.seed == 3407 and manifest.device
+    assert manifest.base_model == adapter_config(folder_of(ended.run, 9))["base_model_name_or_path"]
+    assert manifest.fingerprints == asdict(fingerprints(tiny))
+    assert all(manifest.fingerprints.values())
     assert {"torch", "transformers", "peft"} <= set(manifest.versions)
     assert manifest.checkpoint.step == 9 and manifest.checkpoint.final
     assert manifest.effective_spec == ended.effective.model_dump(mode="json")

@@ -8,13 +8,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from engine.base_model import fingerprints
 from trainer.environment import training_environment
 from trainer.events import WorkerEvent, WorkerEventKind
 from trainer.rows import IGNORED, ROWS_FILE
@@ -155,6 +156,7 @@ def start(
     served_dtype: str = "float32",
     memory_bytes: int = 0,
     eval_rows: str = "",
+    environment: Mapping[str, str] = os.environ,
     prepare: Callable[[RunFolder], None] = lambda run: None,
 ) -> Running:
     """Start a training process in a folder of its own."""
@@ -168,7 +170,7 @@ def start(
         spec=resolved(fields or {}, backend),
         model_path=str(model),
         served_dtype=served_dtype,
-        fingerprints={"weights_sha256": "w"},
+        fingerprints=asdict(fingerprints(model)) if model.exists() else {},
         device="cpu",
         dataset_sha256="d" * 64,
         rows=str(rows),
@@ -177,12 +179,12 @@ def start(
     )
     write_whole(run.plan, plan)
     prepare(run)
-    environment = training_environment(os.environ, run, "cpu")
+    own = training_environment(environment, run, "cpu")
     with run.log.open("wb") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", "trainer.worker", str(folder)],
             cwd=folder,
-            env={**environment, "PYTHONPATH": str(ROOT)},
+            env={**own, "PYTHONPATH": str(ROOT)},
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
