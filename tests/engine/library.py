@@ -34,7 +34,7 @@ from tests.engine.drafts import MAX_LORA_RANK, Q_PROJ, Draft, Spoil, a, base_sha
 
 TENANT = "acme"
 ME = "somebody"
-PRINTS = ModelFingerprints("c" * 64, "d" * 64, "e" * 64, "")
+PRINTS = ModelFingerprints("c" * 64, "d" * 64, "e" * 64, "f" * 64)
 OWN_SCHEME = "train:"
 PLACES = 2
 SOON_S = 30.0
@@ -191,6 +191,7 @@ def make_intake(
     uploads: UploadStore,
     allowed: Path,
     folders: Mapping[str, Callable[[str], Path]] = {},
+    served: ModelFingerprints = PRINTS,
 ) -> Intake:
     """For the tiny Llama, and sources below one folder."""
     return Intake(
@@ -198,7 +199,7 @@ def make_intake(
         uploads,
         AllowedSources([str(allowed)]),
         base_shapes(),
-        PRINTS,
+        served,
         max_lora_rank=MAX_LORA_RANK,
         dtype="bfloat16",
         folders=folders,

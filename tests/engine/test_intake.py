@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import threading
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from tests.engine.library import PRINTS, TENANT, make_intake
 
 SOON_S = 30.0
 TOO_WIDE = configure(r=4)
+WITHOUT_TEMPLATE = dataclasses.replace(PRINTS, chat_template_sha256="")
 
 
 class Place:
@@ -30,7 +32,9 @@ class Place:
         self.allowed.mkdir()
         self.store = ArtifactStore(root / "state")
         self.uploads = UploadStore(root / "state")
-        self.intake: Intake = make_intake(self.store, self.uploads, self.allowed)
+        self.intake: Intake = make_intake(
+            self.store, self.uploads, self.allowed, served=WITHOUT_TEMPLATE
+        )
 
     def source(self, spoil: Spoil = lambda draft: None, folder: str = "allowed/one") -> str:
         path = self.root / folder

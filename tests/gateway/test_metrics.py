@@ -140,7 +140,9 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
     return [*map(series_of, shown[:3]), *shown[3:]]
 
 
-def test_calls_of_all_workers_are_counted_by_method_adapter_and_code(pages: list[Series]) -> None:
+def test_pitfalls_calls_of_all_workers_are_counted_by_method_adapter_and_code(
+    pages: list[Series],
+) -> None:
     counted = {
         name: value
         for name, value in pages[0].items()
@@ -172,7 +174,7 @@ def test_tokens_are_counted_for_calls_that_had_one(pages: list[Series]) -> None:
     ("stage", "count", "total_s"),
     [("ttft", 4, 4 * 0.25), ("e2e", 2, 2 * 2.0), ("itl", 6, 2 * 0.08)],
 )
-def test_latencies_are_measured_by_stage(
+def test_pitfalls_latencies_are_measured_by_adapter_and_stage(
     stage: str, count: int, total_s: float, pages: list[Series]
 ) -> None:
     """e2e of calls that ended well alone."""

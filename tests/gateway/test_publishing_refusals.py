@@ -15,7 +15,7 @@ from store.artifacts import WEIGHTS_FILE
 from store.records import VersionState
 from tests.engine.drafts import configure
 from tests.engine.library import key
-from tests.gateway.trained import FINGERPRINTS, LOOSE, Trained, trained
+from tests.gateway.trained import FINGERPRINTS, LOOSE, STEP, Trained, trained
 from trainer.events import PublicationState
 from trainer.spec import GateSpec
 
@@ -40,7 +40,9 @@ def rejections(reason: str) -> float:
 # --- its own fault
 
 
-async def test_what_the_engine_does_not_say_after_the_trainer_is_rejected(at: Trained) -> None:
+async def test_pitfalls_what_the_engine_does_not_say_after_the_trainer_is_rejected_and_counted(
+    at: Trained,
+) -> None:
     before = rejections("logprob_delta")
     publication = await at.publish(at.checkpoint(off_by=0.5), 100)
     assert (publication.state, publication.version) == (REJECTED, 1)
@@ -95,10 +97,21 @@ async def test_what_changes_nothing_is_rejected(at: Trained) -> None:
     assert rejections("effect") == before + 1
 
 
-async def test_an_adapter_of_another_base_model_is_rejected(at: Trained) -> None:
-    prints = {**FINGERPRINTS, "config_sha256": "9" * 64}
-    publication = await at.publish(at.checkpoint(fingerprints=prints))
-    assert publication.state is REJECTED and "fingerprints.config_sha256" in publication.reasons[0]
+@pytest.mark.parametrize("differs", FINGERPRINTS)
+async def test_pitfalls_what_was_trained_with_another_model_template_or_tokenizer_is_rejected(
+    at: Trained, differs: str
+) -> None:
+    before = rejections("shape")
+    checkpoint = at.checkpoint(fingerprints={**FINGERPRINTS, differs: "9" * 64})
+    publication = await at.publish(checkpoint, 100)
+    (reason,) = publication.reasons
+    assert publication.state is REJECTED
+    assert f"fingerprints.{differs} is {'9' * 64}" in reason
+    assert f"the served model's is {FINGERPRINTS[differs]}: train" in reason
+    assert at.library.core.loads == [] and await at.weights() == {}
+    assert rejections("shape") == before + 1
+    as_served = await at.publish(at.checkpoint(step=STEP + 1))
+    assert as_served.state is SERVING
 
 
 async def test_answers_in_no_numbers_are_rejected_without_a_report(at: Trained) -> None:

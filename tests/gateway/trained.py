@@ -6,6 +6,7 @@ Everything is real but the engine: it is a core in memory, and a shard that scor
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,7 +40,7 @@ from trainer.spec import (
 UID = "0" * 31 + "1"
 JOB = "sql-1"
 STEP = 7
-FINGERPRINTS = {"config_sha256": PRINTS.config_sha256, "weights_sha256": PRINTS.weights_sha256}
+FINGERPRINTS = dataclasses.asdict(PRINTS)
 TOKENS = (1, 2, 3, 4)
 LOOSE = GateSpec(max_logprob_delta_mean=10.0)
 
