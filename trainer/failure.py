@@ -39,14 +39,15 @@ class RunFailed(Exception):
         self.failure = failure
 
 
-def failure_of(error: BaseException, spec: JobSpec) -> JobFailure:
-    """What to tell the job's owner about an error that ended a run of this spec."""
+def failure_of(error: BaseException, spec: JobSpec, memory_bytes: int = 0) -> JobFailure:
+    """What to tell the job's owner about an error that ended a run of this spec, which might
+    take so much memory; 0: not known."""
     if isinstance(error, RunFailed):
         return error.failure
     if is_storage_full(error):
         return storage_full()
     if is_out_of_memory(error):
-        return out_of_memory(spec)
+        return out_of_memory(spec, memory_bytes)
     lines = str(error).strip().splitlines()
     text = lines[0][:MAX_LINE_CHARACTERS] if lines else "no message"
     return JobFailure(
@@ -68,17 +69,26 @@ def storage_full(metadata: Mapping[str, str] | None = None) -> JobFailure:
     )
 
 
-def out_of_memory(spec: JobSpec) -> JobFailure:
-    """The device has too little memory for this spec."""
+def out_of_memory(spec: JobSpec, memory_bytes: int = 0) -> JobFailure:
+    """The device has too little memory for this spec, of which it might take so much."""
     rows, tokens = spec.hyperparameters.micro_batch_size, spec.data.max_sequence_tokens
+    within = f" in {memory_bytes / 1e9:.1f} GB" if memory_bytes else ""
+    fewer = (
+        "hyperparameters.micro_batch_size (and raise gradient_accumulation to keep the rows a "
+        "step) or data.max_sequence_tokens"
+        if rows != 1
+        else "data.max_sequence_tokens"
+    )
+    metadata = {"micro_batch_size": str(rows), "max_sequence_tokens": str(tokens)}
+    if memory_bytes:
+        metadata["memory_bytes"] = str(memory_bytes)
     return JobFailure(
         reason=FailureReason.OUT_OF_MEMORY,
         message=(
-            f"out of memory with {rows} rows at once of up to {tokens} tokens: reduce "
-            "hyperparameters.micro_batch_size (and raise gradient_accumulation to keep the rows "
-            "a step) or data.max_sequence_tokens"
+            f"out of memory{within} with {rows} rows at once of up to {tokens} tokens: reduce "
+            f"{fewer}"
         ),
-        metadata={"micro_batch_size": str(rows), "max_sequence_tokens": str(tokens)},
+        metadata=metadata,
     )
 
 

@@ -120,7 +120,9 @@ class Recipe:
         asked = self.spec.hyperparameters
         shape = fit(asked, memory.limit_bytes, memory.used_bytes(), probe)
         if shape is None:
-            raise RunFailed(out_of_memory(self.spec))
+            one = asked.model_copy(update={"micro_batch_size": 1})  # which was tried last
+            tried = self.spec.model_copy(update={"hyperparameters": one})
+            raise RunFailed(out_of_memory(tried, memory.limit_bytes))
         self._backend.set_checkpointing(model, shape.checkpointing)
         memory.reset_peak()
         changed, notices = fitted(asked, shape)

@@ -54,7 +54,7 @@ def _train(run: RunFolder, plan: RunPlan, life: Life) -> int:
     except Exception as error:
         life.loaded()  # one end is told: a stop that comes now is too late
         logger.exception("the run failed")
-        write_whole(run.exit, RunExit(ok=False, failure=failure_of(error, spec)))
+        write_whole(run.exit, RunExit(ok=False, failure=failure_of(error, spec, plan.memory_bytes)))
         return EXIT_FAILED
     finally:
         events.close()

@@ -64,6 +64,18 @@ def test_a_cause_counts_and_the_first_line_is_told() -> None:
 
 
 def test_pitfalls_out_of_memory_says_what_to_reduce_and_the_numbers() -> None:
-    failure = failure_of(MemoryError(), resolved({"hyperparameters": {"micro_batch_size": 6}}))
-    assert failure.metadata == {"micro_batch_size": "6", "max_sequence_tokens": "512"}
-    assert "micro_batch_size" in failure.message and "max_sequence_tokens" in failure.message
+    spec = resolved({"hyperparameters": {"micro_batch_size": 6}})
+    tried = {"micro_batch_size": "6", "max_sequence_tokens": "512"}
+    assert failure_of(MemoryError(), spec).metadata == tried
+    failure = failure_of(MemoryError(), spec, 12_300_000_000)
+    assert failure.metadata == {**tried, "memory_bytes": "12300000000"}
+    assert failure.message.startswith(
+        "out of memory in 12.3 GB with 6 rows at once of up to 512 tokens: reduce "
+        "hyperparameters.micro_batch_size"
+    )
+    assert failure.message.endswith("or data.max_sequence_tokens")
+
+
+def test_pitfalls_fewer_than_one_row_at_once_are_not_advised() -> None:
+    failure = failure_of(MemoryError(), resolved({"hyperparameters": {"micro_batch_size": 1}}))
+    assert failure.message.endswith("tokens: reduce data.max_sequence_tokens")

@@ -121,11 +121,18 @@ def test_a_fitted_run_learns_the_same(backend: Backend, tiny: Path, tmp_path: Pa
 
 
 @pytest.mark.slow
-def test_too_little_memory_is_told_with_the_numbers(tiny: Path, rows: Path, tmp_path: Path) -> None:
+def test_pitfalls_too_little_memory_is_told_with_the_numbers(
+    tiny: Path, rows: Path, tmp_path: Path
+) -> None:
     fields = {"hyperparameters": {"fit_micro_batch": True}}
     ended = start(tmp_path / "run", tiny, rows, fields, memory_bytes=GIB // 16).wait()
     assert ended.exit.failure is not None
-    assert ended.exit.failure.metadata["micro_batch_size"] == "2"
+    assert ended.exit.failure.metadata == {
+        "micro_batch_size": "1",
+        "max_sequence_tokens": "512",
+        "memory_bytes": str(GIB // 16),
+    }
+    assert "reduce data.max_sequence_tokens" in ended.exit.failure.message
     assert ended.exit.failure.reason.name == "OUT_OF_MEMORY"
 
 

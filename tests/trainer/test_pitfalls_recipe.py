@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import shutil
+import sys
 import urllib.request
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -14,7 +16,8 @@ from safetensors.torch import load_file, save_file
 
 from tests.trainer.conftest import HOLD_OUT_TWO
 from tests.trainer.proxy import Proxy
-from tests.trainer.training_run import Ended, adapter_config, read, start
+from tests.trainer.training_run import Ended, adapter_config, read, resolved, start
+from trainer.backends import LoadRequest, import_backend
 from trainer.checkpoint import folder_of, verified_manifest
 from trainer.environment import training_environment
 from trainer.events import FailureReason, WorkerEventKind
@@ -106,7 +109,6 @@ def test_pitfalls_rows_are_padded_to_the_longest_of_the_batch(tiny: Path) -> Non
 
 @pytest.mark.parametrize("backend", list(Backend))
 def test_pitfalls_arguments_to_the_trainer(backend: Backend, tmp_path: Path) -> None:
-    from tests.trainer.training_run import resolved
     from trainer.training_loop import training_arguments
 
     spec = resolved({"hyperparameters": {"warmup_ratio": 0.25, "optimizer": "adamw"}}, backend)
@@ -126,8 +128,6 @@ def test_pitfalls_all_of_the_model_is_on_one_device_in_nf4_twice(
 ) -> None:
     from transformers import AutoModelForCausalLM
 
-    from tests.trainer.training_run import resolved
-    from trainer.backends import LoadRequest
     from trainer.backends.peft import PeftBackend
 
     class Asked(Exception):
@@ -144,6 +144,81 @@ def test_pitfalls_all_of_the_model_is_on_one_device_in_nf4_twice(
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", ask)
     with pytest.raises(Asked):
         PeftBackend().load(LoadRequest(resolved({}, Backend.PEFT), "/none", on_gpu))
+
+
+@pytest.mark.parametrize(("on_gpu", "place"), [(True, {"": 0}), (False, None)])
+@pytest.mark.parametrize("checkpointing", list(GradientCheckpointing))
+def test_pitfalls_unsloth_is_asked_for_exactly_the_model_that_is_named(
+    monkeypatch: pytest.MonkeyPatch,
+    on_gpu: bool,
+    place: object,
+    checkpointing: GradientCheckpointing,
+) -> None:
+    asked: dict[str, Any] = {}
+
+    class FastLanguageModel:
+        @staticmethod
+        def from_pretrained(name: str, **options: Any) -> tuple[torch.nn.Module, None]:
+            asked.update(options, name=name)
+            return torch.nn.Module(), None
+
+        @staticmethod
+        def get_peft_model(model: torch.nn.Module, **options: Any) -> torch.nn.Module:
+            asked.update(adapter=options)
+            return model
+
+    # The real one changes torch for the whole process as it is imported.
+    stand_in = ModuleType("unsloth")
+    monkeypatch.setattr(stand_in, "FastLanguageModel", FastLanguageModel, raising=False)
+    monkeypatch.setitem(sys.modules, "unsloth", stand_in)
+    name = "trainer.backends.unsloth"
+    monkeypatch.setitem(sys.modules, name, ModuleType(name))  # forgotten at the end
+    del sys.modules[name]
+    fields = {"hyperparameters": {"gradient_checkpointing": checkpointing}}
+    spec = resolved(fields, Backend.UNSLOTH)
+    import_backend(Backend.UNSLOTH).load(LoadRequest(spec, "Qwen/Qwen3-8B", on_gpu))
+
+    assert asked["name"] == "Qwen/Qwen3-8B"
+    assert asked["use_exact_model_name"] is True
+    assert asked["device_map"] == place
+    assert asked["load_in_4bit"] is True and asked["dtype"] is torch.bfloat16
+    assert asked["max_seq_length"] == asked["adapter"]["max_seq_length"] == 512
+    assert asked["adapter"]["random_state"] == 3407
+    mode = {"unsloth": "unsloth", "standard": True, "off": False}[checkpointing.value]
+    assert asked["use_gradient_checkpointing"] == mode
+    assert asked["adapter"]["use_gradient_checkpointing"] == mode
+
+
+def test_pitfalls_activations_are_computed_twice_without_reentering() -> None:
+    from trainer.backends.peft import PeftBackend
+
+    class Model:
+        """Remembers what it was told."""
+
+        def __init__(self) -> None:
+            self.told: list[object] = []
+
+        def gradient_checkpointing_enable(self, **options: object) -> None:
+            self.told.append(options)
+
+        def gradient_checkpointing_disable(self) -> None:
+            self.told.append("off")
+
+    model = Model()
+    for mode in (GradientCheckpointing.STANDARD, GradientCheckpointing.OFF):
+        PeftBackend().set_checkpointing(model, mode)
+    # Reentrant, it needs inputs with gradients, which frozen embeddings do not give.
+    assert model.told == [{"gradient_checkpointing_kwargs": {"use_reentrant": False}}, "off"]
+
+
+@pytest.mark.parametrize("run", ["peft_run", "unsloth_run"])
+def test_pitfalls_nothing_is_computed_twice_on_a_cpu_by_default(
+    run: str, request: pytest.FixtureRequest
+) -> None:
+    ended: Ended = request.getfixturevalue(run)
+    used = ended.effective.hyperparameters.gradient_checkpointing
+    assert used is GradientCheckpointing.OFF
+    assert "GRADIENT_CHECKPOINTING_MAPPED" not in ended.notices
 
 
 @pytest.mark.slow

@@ -249,7 +249,8 @@ class _ErrorReasonEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._En
     ERROR_REASON_OUT_OF_MEMORY: _ErrorReason.ValueType  # 64
     """ERROR_REASON_OUT_OF_MEMORY: the device's memory did not do. Lower
     micro_batch_size or max_sequence_tokens.
-    Only in `Job.error`. Metadata: `micro_batch_size`, `max_sequence_tokens`.
+    Only in `Job.error`. Metadata: `micro_batch_size`, `max_sequence_tokens`,
+    `memory_bytes`.
     """
     ERROR_REASON_TRAINER_LOST: _ErrorReason.ValueType  # 65
     """ERROR_REASON_TRAINER_LOST: the training process died without saying why:
@@ -508,7 +509,8 @@ Only in `Job.error`. Metadata: `step`.
 ERROR_REASON_OUT_OF_MEMORY: ErrorReason.ValueType  # 64
 """ERROR_REASON_OUT_OF_MEMORY: the device's memory did not do. Lower
 micro_batch_size or max_sequence_tokens.
-Only in `Job.error`. Metadata: `micro_batch_size`, `max_sequence_tokens`.
+Only in `Job.error`. Metadata: `micro_batch_size`, `max_sequence_tokens`,
+`memory_bytes`.
 """
 ERROR_REASON_TRAINER_LOST: ErrorReason.ValueType  # 65
 """ERROR_REASON_TRAINER_LOST: the training process died without saying why:
