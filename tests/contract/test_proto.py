@@ -85,6 +85,13 @@ def fields_of(vllm_class: str) -> set[str]:
     }
 
 
+def test_pitfalls_a_request_names_one_adapter() -> None:
+    fields = inference_pb2.GenerateRequest.DESCRIPTOR.fields
+    adapters = [field for field in fields if "adapter" in field.name]
+    assert [field.name for field in adapters] == ["adapter"]
+    assert not adapters[0].is_repeated and adapters[0].type == adapters[0].TYPE_STRING
+
+
 def buf_breaking(folder: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [BUF, "breaking", "--against", RELEASED], cwd=folder, capture_output=True, text=True

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import json
 import os
 import shutil
 import sys
@@ -26,8 +27,8 @@ from engine.rendering import PromptRenderer
 from engine.shard import Shard
 from gateway.preview import Previews
 from lora_gateway.v1 import training_pb2 as pb
-from tests.trainer.prepared import digests, exchange, record, rows_of, write_lines
-from tests.trainer.templates import CHATML, write_tokenizer
+from tests.trainer.prepared import digests, exchange, prepared, record, rows_of, write_lines
+from tests.trainer.templates import CHATML, server_of, write_tokenizer
 from trainer.preparation import Preparations, Prepared
 from trainer.rows import IGNORED
 from trainer.served import ServedModel
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 TEMPLATES = (CHATML, "llama", "inst")
 """Of `tests/trainer/templates.py`. The last two begin a text with a token of their own, which a
 server must not write twice; the last has no header for an answer."""
+SUPPORT = Path(__file__).parents[2] / "examples" / "data" / "support.jsonl"
 MAX_MODEL_LEN = 512
 DATA = DataSpec().resolved(max_model_len=MAX_MODEL_LEN)
 TALK = [
@@ -74,6 +76,7 @@ class RenderingShard:
 class Side:
     """Training and serving of one model."""
 
+    model: Path
     preparations: Preparations
     prepared: Prepared
     shard: Shard
@@ -104,7 +107,7 @@ async def sides(
             root, trained_on(model), os.environ, python=sys.executable, digests=digests
         )
         prepared = await preparations.prepare(record(), dataset, DATA)
-        return Side(preparations, prepared, cast(Shard, RenderingShard(prompts)))
+        return Side(model, preparations, prepared, cast(Shard, RenderingShard(prompts)))
 
     both = await asyncio.gather(*map(made, TEMPLATES))
     found = dict(zip(TEMPLATES, both, strict=True))
@@ -188,3 +191,29 @@ async def test_parity_masks_that_differ_from_what_is_served_are_told(
             shown = await previewed(sides[training], sides[serving], dataset, line)
             assert shown.kept and not shown.matches_serving
             assert "in training and" in shown.mismatch and "they differ from" in shown.mismatch
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+async def test_pitfalls_all_rows_of_a_dataset_are_trained_on_as_they_are_served(
+    sides: dict[str, Side], tmp_path: Path, template: str
+) -> None:
+    side = sides[template]
+    report = prepared(side.model, SUPPORT, tmp_path / "rows")
+    rows = rows_of(tmp_path / "rows")
+    lines = [json.loads(line) for line in SUPPORT.read_text().splitlines()]
+    assert len(rows) == len(lines) == report.rows >= 200
+    bos = server_of(side.model).tokenizer.bos_token_id
+    served_tokens = 0
+    for row, line in zip(rows, lines, strict=True):
+        turns = [ChatMessage(each["role"], each["content"]) for each in line["messages"]]
+        asked = (await side.shard.render(Chat(turns[:-1]))).token_ids
+        # What was answered is served again once the talk goes on.
+        again = (await side.shard.render(Chat([*turns, ChatMessage("user", "?")]))).token_ids
+        ids = row["input_ids"]
+        assert ids == list(again[: len(ids)])
+        assert ids[: len(asked)] == list(asked)
+        assert [label != IGNORED for label in row["labels"][: len(asked)]] == [False] * len(asked)
+        # Of the tiny model's own template, each turn begins with the token that begins a text.
+        assert ids.count(bos) == (len(turns) if template == CHATML else 1) and ids[0] == bos
+        served_tokens += len(ids)
+    assert report.tokens.total == served_tokens

@@ -204,7 +204,7 @@ async def test_a_gateway_that_trains_nothing_says_so_and_reads_datasets(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: Path
 ) -> None:
     async with control_plane(
-        tmp_path, monkeypatch, model=model, shapes=SHAPES, training_devices=["none"]
+        tmp_path, monkeypatch, model=model, training_devices=["none"]
     ) as plane:
         stub: Any = TrainingStub(plane.gateway.channel)
         assert not (await stub.GetCapabilities(pb.GetCapabilitiesRequest())).devices
