@@ -24,6 +24,8 @@ LONG = pb.Hyperparameters(
     quantization=pb.QUANTIZATION_NONE,
     precision=pb.PRECISION_FLOAT32,
 )
+STEPS = 2
+"""Before the evaluation that is cancelled."""
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -47,10 +49,25 @@ async def until(channel: grpc.aio.Channel, name: str, moment: str) -> None:
             return
         if moment == "step" and event.progress.step >= 2:
             return
-        # The step that ends an epoch, after which the evaluation begins.
-        if moment == "evaluation" and event.progress.epoch >= 1:
+        # The last step, after which the evaluation begins.
+        if moment == "evaluation" and event.progress.step == STEPS:
+            await asyncio.sleep(0.5)  # of the seconds that it takes
             return
         assert state not in training.FINAL, (await training.get(channel, name)).error
+
+
+async def assert_that_the_evaluation_was_cut(channel: grpc.aio.Channel, name: str) -> None:
+    """It had begun, because all steps were told before; and it measured nothing."""
+    happened = [event async for event in training.events(channel, name)]
+    kinds = [event.WhichOneof("payload") for event in happened]
+    states = [event.state_changed.state for event in happened]
+    progress = [event.progress for event in happened if event.WhichOneof("payload") == "progress"]
+    assert [each.step for each in progress] == list(range(1, STEPS + 1))
+    assert not any(each.HasField("eval_loss") for each in progress)
+    cancelling = states.index(pb.JOB_STATE_CANCELLING)
+    # An evaluation is followed by a checkpoint. This one was made because of the cancellation.
+    assert "progress" not in kinds[cancelling:] and "checkpoint" not in kinds[:cancelling]
+    assert "checkpoint" in kinds[cancelling:] and states[-1] == pb.JOB_STATE_CANCELLED
 
 
 @pytest.mark.parametrize("moment", ["load", "step", "evaluation"])
@@ -59,11 +76,14 @@ async def test_cancel_job_ends_it_in_time_with_what_it_had(
 ) -> None:
     name = f"cancel-{moment}-{uuid.uuid4().hex[:6]}"
     rows = [training.chat(f"Question {i}?", f"Answer {i}.") for i in range(200)]
-    await training.upload(channel, name, training.lines(rows))
     spec = pb.JobSpec(dataset=name, adapter=name, hyperparameters=LONG)
     if moment == "evaluation":
-        # Half of the rows are evaluated after the first epoch, which takes a while.
+        # Few steps, and then half of many long rows, which takes seconds.
+        rows = [training.chat(f"Question {i}?", "A long answer. " * 60) for i in range(1200)]
+        spec.hyperparameters.max_steps = STEPS
         spec.data.eval_fraction = 0.5
+        spec.backend = pb.BACKEND_PEFT  # which starts sooner
+    await training.upload(channel, name, training.lines(rows))
     before = processes(gateway)
     await training.create(channel, spec, job_id=name)
     await until(channel, name, moment)
@@ -83,6 +103,9 @@ async def test_cancel_job_ends_it_in_time_with_what_it_had(
     found = (await stub.ListCheckpoints(pb.ListCheckpointsRequest(name=name))).checkpoints
     assert bool(found) == (moment != "load")
     assert all(not checkpoint.final for checkpoint in found)
+    if moment == "evaluation":
+        assert [checkpoint.step for checkpoint in found] == [STEPS]
+        await assert_that_the_evaluation_was_cut(channel, name)
     # Cancelling again changes nothing; then it can be forgotten.
     again = (await stub.CancelJob(pb.CancelJobRequest(name=name))).job
     assert again.last_sequence == job.last_sequence

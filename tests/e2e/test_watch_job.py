@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import random
 import uuid
+from typing import Any
 
 import grpc
 import pytest
@@ -15,7 +16,7 @@ from lora_gateway.v1.training_pb2_grpc import TrainingStub
 from tests.e2e import training
 from tests.e2e.gateway_process import GatewayProcess
 
-WATCHERS = 20
+WATCHERS = 12
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -26,7 +27,7 @@ async def restless(address: str, name: str, seed: int) -> list[int]:
     seen: list[int] = []
     while True:
         async with grpc.aio.insecure_channel(address) as channel:
-            stays = random_.randint(1, 30)
+            stays = random_.randint(1, 100)
             stream = training.events(channel, name, after=seen[-1] if seen else 0)
             async with contextlib.aclosing(stream):
                 async for event in stream:
@@ -40,16 +41,23 @@ async def restless(address: str, name: str, seed: int) -> list[int]:
         await asyncio.sleep(random_.random() / 4)
 
 
-async def sleepy(address: str, name: str) -> list[int]:
-    """Sequences that a watcher saw which reads nothing for a while, again and again."""
-    async with grpc.aio.insecure_channel(address) as channel:
-        call = TrainingStub(channel).WatchJob(pb.WatchJobRequest(name=name))
-        seen = []
-        async for message in call:
+async def sleepy(gateway: GatewayProcess, channel: grpc.aio.Channel, name: str) -> list[int]:
+    """Sequences that a watcher saw which reads one event, and the others after the job's end.
+
+    It lets little through before it reads, so that the buffers of both sides are full by then,
+    and the gateway waits for it with the rest.
+    """
+    options = [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 1024)]
+    async with grpc.aio.insecure_channel(gateway.address, options=options) as own:
+        call: Any = TrainingStub(own).WatchJob(pb.WatchJobRequest(name=name))
+        seen = [(await call.read()).event.sequence]
+        await training.ended(channel, name)
+        async with asyncio.timeout(30):
+            while not sum(await asyncio.to_thread(gateway.metrics, "gateway_stalled_streams")):
+                await asyncio.sleep(0.1)
+        while (message := await call.read()) is not grpc.aio.EOF:
             if message.WhichOneof("item") == "event":
                 seen.append(message.event.sequence)
-                if len(seen) % 10 == 0:
-                    await asyncio.sleep(0.5)
         return seen
 
 
@@ -57,17 +65,23 @@ async def test_watchers_that_come_go_sleep_and_resume_see_every_sequence_once(
     gateway: GatewayProcess, channel: grpc.aio.Channel
 ) -> None:
     name = f"watched-{uuid.uuid4().hex[:6]}"
-    await training.upload(channel, name, training.facts())
-    spec = pb.JobSpec(dataset=name, adapter=name, hyperparameters=training.QUICK)
+    await training.upload(channel, name, training.facts(320))
+    # As many steps as there are rows: events for more than the 64 KiB that gRPC buffers.
+    hyperparameters = pb.Hyperparameters(micro_batch_size=1, gradient_accumulation=1)
+    hyperparameters.MergeFrom(training.QUICK)
+    hyperparameters.epochs = 1
+    spec = pb.JobSpec(dataset=name, adapter=name, hyperparameters=hyperparameters)
+    spec.backend = pb.BACKEND_PEFT
+    spec.data.eval_fraction = 0.0
     await training.create(channel, spec, job_id=name)
     seen = await asyncio.gather(
         *(restless(gateway.address, name, seed) for seed in range(WATCHERS)),
-        sleepy(gateway.address, name),
+        sleepy(gateway, channel, name),
     )
     job = await training.get(channel, name)
     assert job.state == pb.JOB_STATE_SUCCEEDED, job.error
     everything = list(range(1, job.last_sequence + 1))
-    assert len(everything) > 20
+    assert len(everything) > 640
     for sequences in seen:
         assert sequences == everything
     # After the end the whole story is told again, and the stream ends by itself.
@@ -89,7 +103,7 @@ async def test_watchers_that_come_go_sleep_and_resume_see_every_sequence_once(
     assert steps[-1].loss < steps[0].loss
 
 
-async def test_a_watch_from_a_sequence_that_is_not_there_is_refused(
+async def test_a_watch_of_a_job_that_is_not_there_is_refused(
     channel: grpc.aio.Channel,
 ) -> None:
     name = f"gone-{uuid.uuid4().hex[:6]}"
