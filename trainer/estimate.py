@@ -82,9 +82,7 @@ def estimate(
     assert spec.lora.r is not None
     adapter = size.adapter_parameters(spec.lora.r, spec.lora.target_modules)
     footprint = Footprint(spec, size, report.tokens.max, on_gpu)
-    usable = usable_bytes(facts, on_gpu=on_gpu)
-    shape, assumed = _shape(spec, footprint, usable)
-    memory_bytes = footprint.total_bytes(shape)
+    shape, assumed = _shape(spec, footprint, facts)
     if pace is None:
         checkpointed = shape.checkpointing is not GradientCheckpointing.OFF
         # Forward 2, backward 2 (frozen weights have no gradient), and forward once more.
@@ -98,7 +96,7 @@ def estimate(
         tokens=tokens,
         steps=steps,
         rows=rows,
-        memory_bytes=memory_bytes,
+        memory_bytes=footprint.total_bytes(shape),
         memory_available_bytes=facts.memory_available_bytes,
         duration_s=duration_s,
         cost=None if price is None else price.amount * duration_s / 3600,
@@ -107,19 +105,26 @@ def estimate(
         lora_scale=spec.lora.scale,
         measured=measured,
         warnings=(
-            *_warnings(spec, report, steps, memory_bytes, facts, max_model_len, max_lora_rank),
+            *_warnings(spec, report, steps, max_model_len, max_lora_rank),
             *assumed,
         ),
     )
 
 
-def _shape(spec: JobSpec, footprint: Footprint, usable: int) -> tuple[Shape, Sequence[str]]:
-    """What a step is computed in, with so many bytes for it (0: as asked); and what is to be known
-    of that."""
+def _shape(spec: JobSpec, footprint: Footprint, facts: DeviceFacts) -> tuple[Shape, Sequence[str]]:
+    """What a step is computed in, and what is to be known of that."""
     asked = spec.hyperparameters
     assert asked.micro_batch_size and asked.gradient_checkpointing
+    usable = usable_bytes(facts, on_gpu=footprint.on_gpu)
     if not (asked.fit_micro_batch and usable):
-        return Shape(asked.micro_batch_size, asked.gradient_checkpointing), ()
+        as_asked = Shape(asked.micro_batch_size, asked.gradient_checkpointing)
+        needed, available = footprint.total_bytes(as_asked), facts.memory_available_bytes
+        if needed <= available:
+            return as_asked, ()
+        return as_asked, [
+            f"it needs about {needed / 1e9:.1f} GB and the device has {available / 1e9:.1f} GB "
+            "free: reduce micro_batch_size or max_sequence_tokens"
+        ]
     shape = footprint.fitted(usable)
     if shape is None:
         smallest = Shape(1, asked.gradient_checkpointing)
@@ -140,8 +145,6 @@ def _warnings(
     spec: JobSpec,
     report: DatasetReport,
     steps: int,
-    memory_bytes: int,
-    facts: DeviceFacts,
     max_model_len: int,
     max_lora_rank: int,
 ) -> Iterator[str]:
@@ -171,12 +174,6 @@ def _warnings(
         yield (
             f"rows have at most {data.max_sequence_tokens} tokens, and the server takes "
             f"{max_model_len}: longer prompts are not what it was trained for"
-        )
-    if memory_bytes > facts.memory_available_bytes and not asked.fit_micro_batch:
-        yield (
-            f"it needs about {memory_bytes / 1e9:.1f} GB and the device has "
-            f"{facts.memory_available_bytes / 1e9:.1f} GB free: reduce micro_batch_size or "
-            "max_sequence_tokens"
         )
 
 

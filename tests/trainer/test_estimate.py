@@ -91,13 +91,14 @@ def of(
     price: Price | None = None,
     available_bytes: int = 80 * GIB,
     max_model_len: int = 2048,
+    on_gpu: bool = True,
 ) -> Estimate:
     return estimate(
         spec,
         report,
         LLAMA,
         DeviceFacts(80 * GIB, available_bytes, True),
-        on_gpu=True,
+        on_gpu=on_gpu,
         served_width_bytes=2,
         max_model_len=max_model_len,
         max_lora_rank=64,
@@ -179,6 +180,16 @@ def test_a_choice_that_is_what_was_asked_for_is_not_told_of() -> None:
     found = of(resolved(), available_bytes=10 * GIB)
     asked = as_asked(micro_batch_size=2, gradient_checkpointing=UNSLOTH)
     assert found == of(resolved(hyperparameters=asked), available_bytes=10 * GIB)
+
+
+def test_on_a_cpu_nothing_is_fitted_and_too_much_is_told() -> None:
+    fit = resolved(hyperparameters=Hyperparameters(fit_micro_batch=True))
+    asked = resolved(hyperparameters=as_asked())
+    for available_bytes in (80 * GIB, GIB):
+        found = of(fit, available_bytes=available_bytes, on_gpu=False)
+        assert found == of(asked, available_bytes=available_bytes, on_gpu=False)
+        told = any("reduce micro_batch_size" in warning for warning in found.warnings)
+        assert told == (available_bytes == GIB)
 
 
 def test_keeping_activations_takes_less_time() -> None:
