@@ -101,7 +101,7 @@ class Attempt:
         clock = asyncio.get_running_loop().time
         while True:
             busy, lines = await asyncio.to_thread(self._look, job.ingested_bytes)
-            for change in changes(job.state, lines):
+            for change in changes(job, lines):
                 job = await self._journal.change(job, change)
             if lines:
                 continue

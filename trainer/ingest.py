@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from pydantic import BaseModel
 
-from store.job_records import EventKind, JobChange, JobState, NewEvent
+from store.job_records import EventKind, JobChange, JobRecord, JobState, NewEvent
 from trainer.event_file import Line
 from trainer.events import Notice, Progress
 from trainer.spec import JobSpec
@@ -18,24 +18,42 @@ UNREADABLE = Notice(
     message="the training process wrote an event that cannot be read; it was left out",
 )
 
+KEPT = ("loss", "eval_loss", "learning_rate", "grad_norm")
+"""Of a job's progress until there is a newer one. A step has no eval loss and an evaluation none
+of the others, and a run ends with an evaluation: finished jobs were listed without a loss."""
 
-def changes(state: JobState, lines: Sequence[Line]) -> Iterator[JobChange]:
-    """What these lines change of a job in this state: one change, or two.
+
+def changes(job: JobRecord, lines: Sequence[Line]) -> Iterator[JobChange]:
+    """What these lines change of a job as it stands: one change, or two.
 
     The second begins with the line that says that the model is loaded, so that events keep
     their order: a change of state comes first in its change.
     """
     loaded = next((at for at, line in enumerate(lines) if isinstance(line.payload, JobSpec)), 0)
+    progress = job.progress
     for part in (lines[:loaded], lines[loaded:]):
         if part:
-            yield _change(state, part)
+            progress = _progress(progress, part)
+            yield _change(job.state, progress, part)
 
 
-def _change(state: JobState, lines: Sequence[Line]) -> JobChange:
+def _progress(
+    progress: Mapping[str, Any] | None, lines: Sequence[Line]
+) -> Mapping[str, Any] | None:
+    """Where the run stands after these lines: what is told last, and the newest of KEPT."""
+    for line in lines:
+        if isinstance(line.payload, Progress):
+            told = as_json(line.payload)
+            if progress is not None:
+                told |= {name: progress.get(name) for name in KEPT if told[name] is None}
+            progress = told
+    return progress
+
+
+def _change(
+    state: JobState, progress: Mapping[str, Any] | None, lines: Sequence[Line]
+) -> JobChange:
     runs = next((line.payload for line in lines if isinstance(line.payload, JobSpec)), None)
-    progress = next(
-        (line.payload for line in reversed(lines) if isinstance(line.payload, Progress)), None
-    )
     notices = [line.payload for line in lines if isinstance(line.payload, Notice)]
     if any(line.event is None for line in lines):
         notices.append(UNREADABLE)
@@ -43,7 +61,7 @@ def _change(state: JobState, lines: Sequence[Line]) -> JobChange:
         state=JobState.RUNNING if runs is not None and state is JobState.PREPARING else None,
         effective_spec=None if runs is None else as_json(runs),
         ingested_bytes=lines[-1].end,
-        progress=None if progress is None else as_json(progress),
+        progress=progress,
         notices=[as_json(notice) for notice in notices],
         events=list(_events(lines)),
     )

@@ -254,7 +254,7 @@ class FakeTraining(FakeDatasets):
                     job.error.CopyFrom(payload.error)
             case pb.Progress():
                 event.progress.CopyFrom(payload)
-                job.progress.CopyFrom(payload)
+                job.progress.MergeFrom(payload)  # an evaluation leaves the step's loss
             case pb.Checkpoint():
                 event.checkpoint.CopyFrom(payload)
                 self.checkpoints.setdefault(job.name, []).insert(0, payload)

@@ -71,8 +71,7 @@ async def ran(training: FakeTraining, *after: pb.Publication, end: str = "SUCCEE
     """A job of three steps that has ended."""
     await training.add_job("run")
     steps = [progress(step, 3, 2.0 / step) for step in range(1, 4)]
-    evaluated = progress(3, 3, 0.6)
-    evaluated.eval_loss = 0.7
+    evaluated = pb.Progress(step=3, total_steps=3, eval_loss=0.7)
     await training.tell("run", *states("RUNNING"), *steps, evaluated, *after, *states(end))
 
 
@@ -85,11 +84,12 @@ async def test_list_and_show_are_tables_or_json(target: str, training: FakeTrain
     training.jobs["run"].notices.add(code="OPTIMIZER_MAPPED", message="to \x1b[31mADAMW\n")
 
     header, *lines = (await printed("jobs", "list", target=target)).splitlines()
-    assert header.split()[:4] == ["job", "state", "adapter", "dataset"]
+    assert header.split()[:6] == ["job", "state", "adapter", "dataset", "step", "loss"]
     assert [line.split()[:3] for line in lines] == [
         ["other", "VALIDATING", "other"],
         ["run", "SUCCEEDED", "support"],
     ]
+    assert lines[1].split()[4:6] == ["3/3", "0.6667"], "of the step before the evaluation"
     only = await printed("jobs", "list", "--state", "succeeded", "--json", target=target)
     assert [job["name"] for job in json.loads(only)["jobs"]] == ["run"]
     only = await printed("jobs", "list", "--adapter", "other", "--json", target=target)
@@ -97,7 +97,7 @@ async def test_list_and_show_are_tables_or_json(target: str, training: FakeTrain
 
     shown = rows(await printed("jobs", "show", "run", target=target))
     assert shown["state"] == "SUCCEEDED"
-    assert shown["progress"].startswith("step 3/3, loss 0.6, eval loss 0.7")
+    assert shown["progress"].startswith("step 3/3, loss 0.6667, eval loss 0.7")
     assert shown["published"] == "SERVING support@2 with 10 % of the traffic"
     assert shown["logprob difference"].startswith("mean 0.012 (at most 0.2), worst 0.5 (trainer")
     assert shown["eval loss"] == "1.25, the base model has 2.5 (at most 1 of it)"

@@ -61,6 +61,8 @@ class Script(BaseModel):
     torn: bool = False
     """Writes its first progress in two halves."""
     nan: bool = False
+    evaluate: bool = False
+    """Ends its steps with an evaluation, as a run does that holds out rows."""
     damage: bool = False
     """The saved adapter is not what the manifest says."""
     linger_s: float = 0.0
@@ -100,6 +102,19 @@ class Worker:
             line = line[20:]
         self.events.write(line)
 
+    def tell_progress(self, step: int, *, torn: bool = False, **values: float) -> None:
+        progress = Progress(
+            step=step,
+            total_steps=self.script.steps,
+            epoch=step / self.script.steps,
+            tokens_seen=100 * step,
+            trained_tokens=50 * step,
+            tokens_per_second=100.0,
+            elapsed_s=float(step),
+            **values,
+        )
+        self.tell(WorkerEventKind.PROGRESS, progress, torn=torn)
+
     def main(self) -> int:
         script = self.script
         print(script.say or "training", flush=True)
@@ -120,24 +135,13 @@ class Worker:
             time.sleep(script.step_s)
             self.run.alive.touch()
             loss = float("nan") if script.nan else 1.0 / step
-            self.tell(
-                WorkerEventKind.PROGRESS,
-                Progress(
-                    step=step,
-                    total_steps=script.steps,
-                    epoch=step / script.steps,
-                    tokens_seen=100 * step,
-                    trained_tokens=50 * step,
-                    tokens_per_second=100.0,
-                    loss=loss,
-                    elapsed_s=float(step),
-                ),
-                torn=script.torn and step == 1,
-            )
+            self.tell_progress(step, torn=script.torn and step == 1, loss=loss)
             if script.save_each and step < script.steps:
                 self.save(step, final=False)
             if self.stop_requested():
                 return self.stop(step)
+        if script.evaluate:
+            self.tell_progress(step, eval_loss=0.75)
         if script.fail is not None:
             failure = JobFailure(reason=script.fail, message="it is what the script says")
             write_whole(self.run.exit, RunExit(ok=False, failure=failure))

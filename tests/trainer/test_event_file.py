@@ -3,23 +3,35 @@
 from __future__ import annotations
 
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from store.job_records import EventKind, JobState
+from store.job_records import EventKind, JobRecord, JobState
+from tests.gateway.error_samples import JOB
 from trainer.event_file import BYTES_PER_READ, Line, read_events
 from trainer.events import Notice, Progress, WorkerEvent, WorkerEventKind
 from trainer.ingest import as_json, changes
 from trainer.spec import JobSpec
 
 
-def progress(step: int) -> bytes:
+def progress(step: int, **values: float) -> bytes:
     payload = Progress(
-        step=step, total_steps=9, epoch=0.1, tokens_seen=1, trained_tokens=1, tokens_per_second=1.0
+        step=step,
+        total_steps=9,
+        epoch=0.1,
+        tokens_seen=1,
+        trained_tokens=1,
+        tokens_per_second=1.0,
+        **values,
     )
     return line(WorkerEventKind.PROGRESS, as_json(payload))
+
+
+def job(state: JobState) -> JobRecord:
+    return replace(JOB, state=state)
 
 
 def line(kind: WorkerEventKind, payload: dict[str, object]) -> bytes:
@@ -77,7 +89,7 @@ def test_a_batch_is_one_change_and_the_model_that_is_loaded_begins_another(
 ) -> None:
     path = tmp_path / "events.ndjson"
     path.write_bytes(NOTICE + LOADED + progress(1) + progress(2))
-    before, after = changes(JobState.PREPARING, read_events(path, 0))
+    before, after = changes(job(JobState.PREPARING), read_events(path, 0))
     assert [event.kind for event in before.events] == [EventKind.NOTICE]
     assert before.state is None and before.ingested_bytes == len(NOTICE)
     assert after.state is JobState.RUNNING and after.effective_spec is not None
@@ -90,5 +102,32 @@ def test_a_batch_is_one_change_and_the_model_that_is_loaded_begins_another(
 def test_a_job_that_is_cancelled_does_not_run_again(tmp_path: Path) -> None:
     path = tmp_path / "events.ndjson"
     path.write_bytes(LOADED + progress(1))
-    (change,) = changes(JobState.CANCELLING, read_events(path, 0))
+    (change,) = changes(job(JobState.CANCELLING), read_events(path, 0))
     assert change.state is None and len(change.events) == 1
+
+
+def test_an_evaluation_leaves_the_loss_of_the_step_and_a_step_the_loss_of_the_evaluation(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "events.ndjson"
+    path.write_bytes(
+        progress(1, loss=4.0, learning_rate=0.2)
+        + progress(2, loss=2.0, learning_rate=0.1, grad_norm=0.7)
+        + progress(2, eval_loss=3.0)
+    )
+    running = job(JobState.RUNNING)
+    (change,) = changes(running, read_events(path, 0))
+    assert change.progress is not None
+    kept = {"loss": 2.0, "learning_rate": 0.1, "grad_norm": 0.7, "eval_loss": 3.0}
+    assert kept.items() <= change.progress.items() and change.progress["step"] == 2
+    *_, evaluation = change.events
+    assert evaluation.payload["loss"] is None, "events are told as they were"
+
+    # Another batch goes on from what the store has.
+    told = path.stat().st_size
+    with path.open("ab") as file:
+        file.write(progress(3, loss=float("nan")) + progress(4, learning_rate=0.05))
+    running = replace(running, progress=change.progress)
+    (change,) = changes(running, read_events(path, told))
+    assert change.progress is not None and change.progress["step"] == 4
+    assert (kept | {"learning_rate": 0.05}).items() <= change.progress.items()

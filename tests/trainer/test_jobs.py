@@ -51,6 +51,14 @@ async def test_a_job_trains_and_publishes_and_tells_all_of_it(tmp_path: Path) ->
     assert s.publisher.published[0][1] == s.run_folder(job).checkpoints / "checkpoint-3"
 
 
+async def test_a_job_that_ended_with_an_evaluation_has_its_last_loss_too(tmp_path: Path) -> None:
+    async with stage(tmp_path) as s:
+        await s.create("one", Script(steps=2, evaluate=True))
+        job = await s.ended("one")
+    assert job.progress is not None
+    assert (job.progress["loss"], job.progress["eval_loss"]) == (0.5, 0.75)
+
+
 async def test_the_plan_says_all_that_a_process_has_to_know(tmp_path: Path) -> None:
     async with stage(tmp_path) as s:
         await s.create("one")

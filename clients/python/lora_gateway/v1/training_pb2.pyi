@@ -1563,7 +1563,9 @@ class Job(google.protobuf.message.Message):
 
     @property
     def progress(self) -> Global___Progress:
-        """progress as of the last step; unset before the first."""
+        """progress as of the last step, with the newest loss, eval_loss,
+        learning_rate and grad_norm that there were; unset before the first step.
+        """
 
     @property
     def create_time(self) -> google.protobuf.timestamp_pb2.Timestamp:
@@ -1860,7 +1862,9 @@ Global___Manifest: typing_extensions.TypeAlias = Manifest
 
 @typing.final
 class Progress(google.protobuf.message.Message):
-    """Progress is where a run stands after a step."""
+    """Progress is where a run stands after a step. Events of a step have no
+    eval_loss, and events of an evaluation have it alone of the four optional ones.
+    """
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -1893,7 +1897,7 @@ class Progress(google.protobuf.message.Message):
     loss: builtins.float
     """loss of the step, in nats a trained token."""
     eval_loss: builtins.float
-    """eval_loss, in the event of an evaluation."""
+    """eval_loss of held-out rows, in nats a trained token."""
     learning_rate: builtins.float
     """learning_rate of the step."""
     grad_norm: builtins.float
