@@ -1,7 +1,8 @@
 """A row as the trainer sees it, held against what the server would render.
 
 Training and serving agree only if each prompt of the row, which is what stands before an
-assistant turn, has the same ids in both. Here both are asked.
+assistant turn, has the same ids in both. Here both are asked. Where there is no prompt to ask for,
+they are not said to agree: callers that read `matches_serving` alone took bad lines for good ones.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from engine.shard import Shard
 from lora_gateway.v1 import training_pb2 as pb
 from store.job_records import DatasetRecord
 from trainer.preparation import Preparations
+from trainer.preview import TokenPreview
 from trainer.spec import DataSpec
 
 MAX_COMPARED = 8
@@ -34,8 +36,8 @@ class Previews:
     ) -> pb.PreviewTokensResponse:
         """One line, from 1. Raises InvalidSpec for a line that is not there, or is no row."""
         preview = await self._preparations.preview(dataset, path, line, data)
-        mismatch = ""
         answers = len(preview.bounds)
+        mismatch = "" if answers else _nothing_to_compare(preview)
         for index in range(max(0, answers - MAX_COMPARED), answers):
             mismatch = mismatch or await self._mismatch(index + 1, *preview.prompt(index))
         return pb.PreviewTokensResponse(
@@ -69,3 +71,10 @@ class Previews:
             f"the prompt of assistant turn {number} has {len(prompt_ids)} tokens in training and "
             f"{len(served)} in serving, and they differ from token {at} on"
         )
+
+
+def _nothing_to_compare(preview: TokenPreview) -> str:
+    """Why no prompt of a line can be compared."""
+    if not preview.tokens:
+        return "nothing was compared, because the line is no row"
+    return "nothing was compared, because no trained assistant turn of the row has a turn before it"

@@ -114,7 +114,7 @@ def print_preview(preview: PreviewTokensResponse) -> None:
     typer.echo(
         "the server renders the same ids"
         if preview.matches_serving
-        else f"the server renders other ids: {printable(preview.mismatch)}"
+        else f"no match with the server: {printable(preview.mismatch)}"
     )
 
 

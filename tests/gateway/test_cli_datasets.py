@@ -121,7 +121,7 @@ async def test_preview_tells_what_is_trained_on(target: str, training: FakeTrain
     assert rest == [
         "2 tokens, 1 of them trained on",
         "left out: it has 2000 tokens",
-        "the server renders other ids: token 1 is 5 at the server",
+        "no match with the server: token 1 is 5 at the server",
     ]
     assert training.requests[-1] == pb.PreviewTokensRequest(
         dataset="data", line=3, data=pb.DataSpec()

@@ -21,15 +21,19 @@ RECORD = DatasetRecord("acme", "faq", "d" * 64, 1, "", 0)
 class OneRow:
     """A chat of many turns, each of one token."""
 
+    def __init__(self, answers: int = ANSWERS, *, first: tuple[str, ...] = ()) -> None:
+        self._roles = first + ("user", "assistant") * answers
+        self._answers = answers
+
     async def preview(self, *_: Any) -> TokenPreview:
-        roles = ("user", "assistant") * ANSWERS
+        roles = self._roles
         return TokenPreview(
             text="",
             tokens=[PreviewedToken(at, "", False) for at in range(len(roles))],
             messages=[(role, "x") for role in roles],
-            bounds=[(2 * number + 1, 2 * number + 1) for number in range(ANSWERS)],
-            kept=True,
-            reason="",
+            bounds=[(2 * number + 1, 2 * number + 1) for number in range(self._answers)],
+            kept=bool(roles),
+            reason="" if roles else "not JSON",
         )
 
 
@@ -49,8 +53,8 @@ class RenderingShard:
         return RenderedPrompt("", ids, 0.0)
 
 
-async def shown(shard: RenderingShard) -> Any:
-    previews = Previews(cast(Preparations, OneRow()), cast(Shard, shard))
+async def shown(shard: RenderingShard, row: OneRow | None = None) -> Any:
+    previews = Previews(cast(Preparations, row or OneRow()), cast(Shard, shard))
     return await previews.preview(RECORD, Path("d"), 1, DataSpec())
 
 
@@ -65,3 +69,13 @@ async def test_a_prompt_that_differs_is_told_by_its_number() -> None:
     assert not answer.matches_serving
     assert answer.mismatch.startswith("the prompt of assistant turn 97 has 193 tokens")
     assert answer.mismatch.endswith("differ from token 192 on")
+
+
+async def test_a_line_of_which_no_prompt_was_compared_is_not_said_to_match() -> None:
+    shard = RenderingShard()
+    bad = await shown(shard, OneRow(0))
+    assert not bad.matches_serving and "the line is no row" in bad.mismatch
+    alone = await shown(shard, OneRow(0, first=("assistant",)))
+    assert alone.tokens and not alone.matches_serving
+    assert "no trained assistant turn" in alone.mismatch
+    assert not shard.asked

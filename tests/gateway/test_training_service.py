@@ -192,6 +192,7 @@ async def test_a_preview_shows_what_is_trained_on(stub: Any) -> None:
     assert not shown.matches_serving and "assistant turn 1" in shown.mismatch
     shown = await stub.PreviewTokens(pb.PreviewTokensRequest(dataset="faq", line=2))
     assert not shown.kept and shown.reason
+    assert not shown.matches_serving and "nothing was compared" in shown.mismatch
     for line in (0, 9):
         request = pb.PreviewTokensRequest(dataset="faq", line=line)
         assert (await refused(stub.PreviewTokens(request))).fields == ["line"]

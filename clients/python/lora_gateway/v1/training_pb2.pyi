@@ -1324,11 +1324,15 @@ class PreviewTokensResponse(google.protobuf.message.Message):
     """text that the chat template renders."""
     matches_serving: builtins.bool
     """matches_serving is whether the server renders the prompts of the row to the
-    same ids: what precedes each assistant turn that is trained. The last 8 are
-    compared, which hold what is in those before.
+    same ids: what precedes each assistant turn that is trained. The last 8 of
+    them are compared, which hold the messages of those before; of earlier ones
+    it says nothing. False too where no prompt was compared: the line is no row,
+    or none of its assistant turns follows another turn.
     """
     mismatch: builtins.str
-    """mismatch says where they differ; empty if they do not."""
+    """mismatch says where they differ, or why nothing was compared; empty exactly
+    if matches_serving.
+    """
     kept: builtins.bool
     """kept is whether the row is trained on as it is; false: `reason` says why not."""
     reason: builtins.str
