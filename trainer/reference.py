@@ -13,10 +13,16 @@ MAX_ROW_TOKENS = 512
 """Longer rows are cut: the gate's time is bounded by both."""
 
 
-class ReferenceRow(BaseModel):
-    """One row."""
+class _Written(BaseModel):
+    """Base of what is in the file."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    # A trainer's NaN is written as NaN. As null, which is pydantic's own way, the file could not be
+    # read again, and the adapter was said to have no reference and not to be broken.
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
+
+
+class ReferenceRow(_Written):
+    """One row."""
 
     token_ids: tuple[int, ...]
     positions: tuple[int, ...]
@@ -25,10 +31,8 @@ class ReferenceRow(BaseModel):
     """Of each of these tokens after those before it, in nats, by the model with the adapter."""
 
 
-class Reference(BaseModel):
+class Reference(_Written):
     """Rows with what the trainer says of them."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     rows: tuple[ReferenceRow, ...]
     trained_as: str

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import math
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import NoReturn
@@ -120,6 +121,18 @@ async def test_answers_in_no_numbers_are_rejected_without_a_report(at: Trained) 
     checkpoint = at.checkpoint()
     publication = await at.publish(checkpoint)
     assert publication.state is REJECTED and "NaN or infinity" in publication.reasons[0]
+    assert publication.gate is None and rejections("other") == before + 1
+    assert await at.publish(checkpoint) == publication and await at.versions() == [1]
+
+
+@pytest.mark.parametrize("odd", [math.nan, math.inf, -math.inf])
+async def test_a_trainer_that_says_no_numbers_is_rejected_for_that(at: Trained, odd: float) -> None:
+    before = rejections("other")
+    checkpoint = at.checkpoint(off_by=odd)
+    publication = await at.publish(checkpoint)
+    assert (publication.state, publication.version) == (REJECTED, 1)
+    (reason,) = publication.reasons
+    assert reason.startswith("the trainer's log probabilities are NaN or infinity")
     assert publication.gate is None and rejections("other") == before + 1
     assert await at.publish(checkpoint) == publication and await at.versions() == [1]
 
