@@ -218,17 +218,17 @@ def decode_page_size(page_size: int) -> int:
 
 
 def decode_page_token(page_token: str) -> str:
-    """The name after which a page of adapters begins."""
+    """The name after which a page of adapters or datasets begins. Nothing need have it any more."""
     if page_token:
         refuse(name_violations(page_token, "page_token"))
     return page_token
 
 
-def decode_version_token(page_token: str) -> int | None:
-    """The version below which a page begins; None for the newest."""
+def decode_number_token(page_token: str) -> int | None:
+    """The number below which a page of versions or jobs begins; None for the newest."""
     if not page_token:
         return None
-    if not (page_token.isascii() and page_token.isdecimal() and len(page_token) < 11):
+    if not (page_token.isascii() and page_token.isdecimal() and len(page_token) < 19):
         raise InvalidRequest(Violation("page_token", "must be one that a page came with"))
     return int(page_token)
 

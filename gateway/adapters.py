@@ -156,7 +156,7 @@ class Adapters(AdaptersServicer):
     ) -> pb.ListAdapterVersionsResponse:
         name = codec.decode_adapter(request.adapter)
         size = codec.decode_page_size(request.page_size)
-        below = codec.decode_version_token(request.page_token)
+        below = codec.decode_number_token(request.page_token)
         adapter = await self._registry.adapter(_tenant(), name)
         records = await self._registry.versions(
             _tenant(), name, below=below, limit=size + 1, deleted=request.show_deleted

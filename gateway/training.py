@@ -10,6 +10,7 @@ from engine.errors import Violation
 from gateway import dataset_codec, job_codec, spec_codec
 from gateway.adapter_codec import (
     MAX_REQUEST_ID_BYTES,
+    decode_number_token,
     decode_page_size,
     decode_page_token,
     label_violations,
@@ -191,14 +192,14 @@ class Training(TrainingServicer):
         refuse(wrong)
         records = await self._store.jobs(
             _tenant(),
-            before=decode_page_token(request.page_token),
+            before=decode_number_token(request.page_token),
             limit=size + 1,
             states=states,
             adapter=request.adapter,
         )
         return pb.ListJobsResponse(
             jobs=[self._encoded(record) for record in records[:size]],
-            next_page_token=records[size - 1].name if len(records) > size else "",
+            next_page_token=str(records[size - 1].number) if len(records) > size else "",
         )
 
     async def CancelJob(

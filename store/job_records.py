@@ -118,6 +118,9 @@ class JobRecord:
     name: str
     uid: str
     """Of this job alone, also when another later has its name; names its folder."""
+    number: int
+    """Its place among all jobs of all tenants in the order in which they were made; never another
+    job's, also when this one is deleted."""
     adapter: str
     dataset: str
     eval_dataset: str

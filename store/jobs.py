@@ -106,15 +106,15 @@ class JobStore(Protocol):
         self,
         tenant: str,
         *,
-        before: str = "",
+        before: int | None = None,
         limit: int,
         states: Collection[JobState] = (),
         adapter: str = "",
     ) -> list[JobRecord]:
-        """The newest `limit` jobs of those that were made before the job `before` (empty: from
-        the top), in these states (empty: all) and of this adapter (empty: all).
+        """The newest `limit` jobs of those whose number is below `before` (None: from the top),
+        in these states (empty: all) and of this adapter (empty: all).
 
-        Raises ValueError if there is no job `before`.
+        There need not be a job of that number: one may be deleted between two pages.
         """
 
     async def active_jobs(self) -> list[JobKey]:

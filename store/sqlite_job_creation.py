@@ -14,6 +14,13 @@ from store.sqlite_datasets import read_dataset
 from store.sqlite_job_events import state_changed, write_job_events
 from store.sqlite_job_rows import count_active_jobs, read_job, update_job
 
+# A counter, because SQLite's own numbers are used again when the newest row is deleted, and a page
+# of a list begins below the number of the last job of the page before. It is made by the first job
+# after its release, or goes on where a release that has none has made jobs meanwhile.
+_COUNT_UP = """
+INSERT INTO counter (name, last) SELECT 'job', coalesce(max(number), 0) + 1 FROM job WHERE true
+ON CONFLICT (name) DO UPDATE SET last = max(counter.last + 1, excluded.last) RETURNING last
+"""
 _SUFFIX_CHARACTERS = 6
 _STEM_CHARACTERS = 56
 """Of a name that is made: NAME has 63, and the dash and the suffix need 7."""
@@ -92,13 +99,15 @@ def _asked_for(new: NewJob) -> list[str]:
 
 
 def _insert(db: sqlite3.Connection, creation: Creation, name: str, uid: str, now_ns: int) -> None:
+    (number,) = db.execute(_COUNT_UP).fetchone()
     db.execute(
         "INSERT INTO job ("
-        " asked_name, adapter, dataset, eval_dataset, spec, labels,"
+        " number, asked_name, adapter, dataset, eval_dataset, spec, labels,"
         " tenant, name, uid, request_id, effective_spec, fingerprints, state, intent, epoch,"
         " attempt, device, ingested_bytes, last_sequence, publication, notices, create_time_ns"
-        ") VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, 1, 0, '', 0, 0, ?, '[]', ?)",
+        ") VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, 1, 0, '', 0, 0, ?, '[]', ?)",
         (
+            number,
             *_asked_for(creation.new),
             creation.new.tenant,
             name,

@@ -11,9 +11,9 @@ from store.sqlite_columns import json_from_column, json_to_column, mapping_from_
 from store.sqlite_events import MAX_INTEGER
 
 _SELECT = """
-SELECT tenant, name, uid, adapter, dataset, eval_dataset, spec, effective_spec, fingerprints,
-       labels, state, intent, epoch, attempt, device, ingested_bytes, last_sequence, publication,
-       progress, manifest, error, notices, create_time_ns, start_time_ns, end_time_ns
+SELECT tenant, name, uid, number, adapter, dataset, eval_dataset, spec, effective_spec,
+       fingerprints, labels, state, intent, epoch, attempt, device, ingested_bytes, last_sequence,
+       publication, progress, manifest, error, notices, create_time_ns, start_time_ns, end_time_ns
 FROM job
 """
 
@@ -35,14 +35,14 @@ def find_job(db: sqlite3.Connection, uid: str) -> JobRecord | None:
 def list_jobs(
     db: sqlite3.Connection,
     tenant: str,
-    before: str,
+    before: int | None,
     limit: int,
     states: Collection[JobState],
     adapter: str,
 ) -> list[JobRecord]:
     """See `JobStore.jobs`."""
     conditions = ["tenant = ?", "number < ?"]
-    values: list[str | int] = [tenant, _number(db, tenant, before)]
+    values: list[str | int] = [tenant, MAX_INTEGER if before is None else before]
     if adapter:
         conditions.append("adapter = ?")
         values.append(adapter)
@@ -95,17 +95,6 @@ def update_job(db: sqlite3.Connection, record: JobRecord) -> None:
     )
 
 
-def _number(db: sqlite3.Connection, tenant: str, before: str) -> int:
-    """Where the list begins."""
-    if not before:
-        return MAX_INTEGER
-    row = db.execute("SELECT number FROM job WHERE tenant = ? AND name = ?", (tenant, before))
-    found = row.fetchone()
-    if found is None:
-        raise ValueError(f"there is no job {before!r} to list those before it")
-    return int(found[0])
-
-
 def _optional(value: object) -> str | None:
     return None if value is None else json_to_column(value)
 
@@ -115,6 +104,7 @@ def _record(row: tuple[Any, ...]) -> JobRecord:
         tenant,
         name,
         uid,
+        number,
         adapter,
         dataset,
         eval_dataset,
@@ -142,6 +132,7 @@ def _record(row: tuple[Any, ...]) -> JobRecord:
         tenant=tenant,
         name=name,
         uid=uid,
+        number=number,
         adapter=adapter,
         dataset=dataset,
         eval_dataset=eval_dataset,

@@ -108,7 +108,7 @@ class SqliteJobs(SqliteThread, JobStore):
         self,
         tenant: str,
         *,
-        before: str = "",
+        before: int | None = None,
         limit: int,
         states: Collection[JobState] = (),
         adapter: str = "",

@@ -101,6 +101,7 @@ JOB = JobRecord(
     tenant="default",
     name="alpha-1",
     uid="u1",
+    number=1,
     adapter="alpha",
     dataset="faq",
     eval_dataset="",

@@ -75,6 +75,7 @@ def job_record(labels: Mapping[str, str] | None = None) -> JobRecord:
         tenant=TENANT,
         name=JOB,
         uid=UID,
+        number=1,
         adapter="sql",
         dataset="faq",
         eval_dataset="",

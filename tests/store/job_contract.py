@@ -78,6 +78,7 @@ class JobContract(JobChangeContract, DatasetContract):
                 tenant="acme",
                 name="nightly",
                 uid=job.uid,
+                number=1,
                 adapter="sql",
                 dataset="corpus",
                 eval_dataset="held-out",
@@ -258,18 +259,35 @@ class JobContract(JobChangeContract, DatasetContract):
         async with make_jobs() as store:
             await add_dataset(store)
             await add_dataset(store, tenant="other")
+            made = dict[str, int]()
             for name in ("b", "a", "c"):
-                await create(store, new_job(name))
+                made[name] = (await create(store, new_job(name))).number
                 await create(store, new_job(name, tenant="other"))
             assert await names(store.jobs("acme", limit=2)) == ["c", "a"]
-            assert await names(store.jobs("acme", before="a", limit=9)) == ["b"]
-            assert await names(store.jobs("acme", before="b", limit=9)) == []
-            await create(store, new_job("theirs", tenant="other"))
-            for name in ("none", "theirs"):
-                with pytest.raises(ValueError, match=f"no job '{name}'"):
-                    await store.jobs("acme", before=name, limit=9)
+            assert await names(store.jobs("acme", before=made["a"], limit=9)) == ["b"]
+            assert await names(store.jobs("acme", before=made["b"], limit=9)) == []
+            assert await names(store.jobs("acme", before=2**63 - 1, limit=1)) == ["c"]
             with pytest.raises(ValueError, match="at least 1"):
                 await store.jobs("acme", limit=0)
+
+    async def test_a_page_goes_on_where_the_last_job_of_the_one_before_was_deleted(
+        self, make_jobs: MakeJobs
+    ) -> None:
+        async with make_jobs() as store:
+            for name in ("a", "b", "c", "d"):
+                await bring_to(store, JobState.FAILED, new_job(name))
+            *_, last = await store.jobs("acme", limit=2)
+            await store.delete_job("acme", last.name)
+            assert await names(store.jobs("acme", before=last.number, limit=9)) == ["b", "a"]
+
+    async def test_a_number_is_never_another_jobs(self, make_jobs: MakeJobs) -> None:
+        numbers = []
+        for name in ("a", "b", "c"):
+            async with make_jobs() as store:  # nor after a restart
+                job = await bring_to(store, JobState.FAILED, new_job(name))
+                await store.delete_job("acme", name)
+                numbers.append(job.number)
+        assert numbers == sorted(set(numbers))
 
     async def test_a_list_can_be_narrowed(self, make_jobs: MakeJobs) -> None:
         async with make_jobs() as store:
@@ -281,9 +299,9 @@ class JobContract(JobChangeContract, DatasetContract):
             both = store.jobs("acme", limit=9, states=[running, failed])
             assert await names(both) == ["c", "b", "a"]
             assert await names(store.jobs("acme", limit=9, adapter="chat")) == ["c", "b"]
-            narrow = store.jobs("acme", limit=9, adapter="chat", states=[running], before="c")
+            narrow = store.jobs("acme", limit=9, adapter="chat", states=[running], before=3)
             assert await names(narrow) == []
-            assert await names(store.jobs("acme", limit=1, adapter="chat", before="c")) == ["b"]
+            assert await names(store.jobs("acme", limit=1, adapter="chat", before=3)) == ["b"]
 
     async def test_jobs_that_have_not_ended_are_listed_from_the_oldest(
         self, make_jobs: MakeJobs

@@ -218,6 +218,21 @@ async def test_jobs_begin_in_a_file_of_an_older_schema(
         assert await store.jobs("acme", limit=9) == [job]
 
 
+async def test_jobs_of_a_file_that_counted_none_keep_their_numbers_and_new_ones_get_others(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "db"
+    async with SqliteJobs(path) as store:
+        await add_dataset(store)
+        made = [await create(store) for _ in range(3)]
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as connection:
+        connection.execute("DELETE FROM counter WHERE name = 'job'")  # as it was before
+    async with SqliteJobs(path) as store:
+        newer = await create(store)
+        assert await store.jobs("acme", limit=9) == [newer, *reversed(made)]
+    assert [job.number for job in (*made, newer)] == [1, 2, 3, 4]
+
+
 @pytest.mark.parametrize("failing", ["CREATE TABLE dataset", "CREATE TABLE job_event", "\n"])
 async def test_a_migration_that_fails_leaves_schema_2(
     path_2: Path, monkeypatch: pytest.MonkeyPatch, failing: str

@@ -1431,7 +1431,9 @@ class ListDatasetsRequest(google.protobuf.message.Message):
     page_size: builtins.int
     """page_size at most. 1 to 1000. Default 100."""
     page_token: builtins.str
-    """page_token of the page before. Empty: the first page."""
+    """page_token of the page before, good also if what was on that page is deleted
+    meanwhile. Empty: the first page.
+    """
     def __init__(
         self,
         *,
@@ -2360,7 +2362,9 @@ class ListJobsRequest(google.protobuf.message.Message):
     page_size: builtins.int
     """page_size at most. 1 to 1000. Default 100."""
     page_token: builtins.str
-    """page_token of the page before. Empty: the first page."""
+    """page_token of the page before, good also if what was on that page is deleted
+    meanwhile. Empty: the first page.
+    """
     adapter: builtins.str
     """adapter whose jobs to list. Empty: all."""
     @property
