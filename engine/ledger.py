@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Sequence
 from typing import Any, Protocol, TypeAlias, TypeVar
 
@@ -25,8 +26,9 @@ from store.records import (
     VersionRecord,
 )
 from store.registry import Registry
+from store.shared_reads import SharedReads
 
-EVENTS_PER_READ = 256
+EVENTS_PER_READ = 32
 """Events that a watcher reads at once; a slow one holds no more in memory."""
 
 MAX_FINDINGS, MAX_FINDING_CHARACTERS = 64, 1000
@@ -62,6 +64,7 @@ class Ledger:
         """Held from a transaction until its outcome was sent."""
         self._commits: set[asyncio.Task[Any]] = set()
         self._changed = asyncio.Event()
+        self._reads = SharedReads()
 
     async def open(self) -> None:
         """Read what is registered."""
@@ -160,9 +163,9 @@ class Ledger:
         due_s = clock() + heartbeat_s
         while True:
             changed = self._changed  # before the reads: what comes after them sets this
-            newest = await self._registry.last_sequence()
-            events = await self._registry.events(
-                tenant, after=after, limit=EVENTS_PER_READ, adapter=adapter
+            newest, events = await self._reads.read(
+                (changed, tenant, adapter, after),
+                functools.partial(self._news, tenant, adapter, after),
             )
             for event in events:
                 after = event.sequence
@@ -175,6 +178,16 @@ class Ledger:
                 due_s = clock() + heartbeat_s
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(changed.wait(), max(0.0, due_s - clock()))
+
+    async def _news(
+        self, tenant: str, adapter: str, after: int
+    ) -> tuple[int, Sequence[EventRecord]]:
+        """The sequence number of the newest event, and the next events: in this order, and as one
+        read for all, or a heartbeat would tell of an event that was not told."""
+        newest = await self._registry.last_sequence()
+        return newest, await self._registry.events(
+            tenant, after=after, limit=EVENTS_PER_READ, adapter=adapter
+        )
 
     async def _commit_split(self, transaction: Coroutine[Any, Any, AdapterRecord]) -> AdapterRecord:
         async def change() -> tuple[AdapterRecord, Awaitable[None]]:

@@ -12,7 +12,7 @@ from engine.generation import VersionKey
 from engine.intake import UPLOAD_SCHEME
 from engine.ledger import Ledger
 from gateway import adapter_codec as codec
-from gateway.admission import Admission, Overloaded
+from gateway.admission import Admission, Overloaded, Slots
 from gateway.call import current_call
 from gateway.evaluation import Evaluations
 from gateway.exceptions import SequenceUnknown
@@ -63,7 +63,9 @@ class Adapters(AdaptersServicer):
         judgement: Judgement,
         evaluations: Evaluations,
         admission: Admission,
+        watches: Slots,
     ) -> None:
+        """`watches` are held by those who follow, `admission` by those who evaluate."""
         self._catalog = catalog
         self._ledger = ledger
         self._registry = registry
@@ -71,6 +73,7 @@ class Adapters(AdaptersServicer):
         self._judgement = judgement
         self._evaluations = evaluations
         self._admission = admission
+        self._watches = watches
 
     async def ValidateAdapter(
         self, request: pb.ValidateAdapterRequest, context: Context
@@ -245,7 +248,7 @@ class Adapters(AdaptersServicer):
         events = self._ledger.watch(
             _tenant(), after=after, adapter=request.adapter, heartbeat_s=HEARTBEAT_S
         )
-        with self._admission.slot():
+        with self._watches.slot():
             async with contextlib.aclosing(events):
                 async for event in events:
                     if isinstance(event, EventRecord):

@@ -11,15 +11,20 @@ from gateway.call import Call
 MAX_CONCURRENT_REQUESTS = 1024
 """Generation requests that one worker admits; the engine queues what it cannot run yet.
 Beyond this, waiting costs memory and everyone's latency, and a refusal is kinder."""
+MAX_WATCHES = 4096
+"""Watches and logs that are followed. They have a bound of their own: while they shared the 256
+slots of all else, 256 of them shut everybody out of validating and publishing. One that is idle
+costs the host 35 KiB, and a worker 50; an event of a job takes the host 0.1 ms for each who watches
+it, so 0.4 s for all (4,000 watchers of one job, two cores)."""
 RETRY_DELAY_S = 1.0
 """What RetryInfo advises while draining or overloaded."""
 
 
 class Overloaded(Exception):
-    """The worker holds as many requests as it admits."""
+    """The gateway holds as many calls of a kind as it admits."""
 
-    def __init__(self, limit: int) -> None:
-        super().__init__(f"the gateway holds {limit} requests, its limit; retry later")
+    def __init__(self, limit: int, what: str = "requests") -> None:
+        super().__init__(f"the gateway holds {limit} {what}, its limit; retry later")
         self.limit = limit
 
 
@@ -30,13 +35,36 @@ class Draining(Exception):
         super().__init__("the server is shutting down; retry, on another connection")
 
 
-class Admission:
-    """The calls of one worker: open or closed, how many, and a way to end them all."""
+class Slots:
+    """Places for calls of one kind: who waits long is not to shut out who works."""
+
+    def __init__(self, limit: int, what: str = "requests") -> None:
+        """`what` is held, for people."""
+        self.limit = limit
+        self.held = 0
+        """Calls that are admitted and not done."""
+        self._what = what
+
+    @contextmanager
+    def slot(self) -> Iterator[None]:
+        """Hold one place. Raises Overloaded when all are taken."""
+        if self.held >= self.limit:
+            raise Overloaded(self.limit, self._what)
+        self.held += 1
+        try:
+            yield
+        finally:
+            self.held -= 1
+
+
+class Admission(Slots):
+    """The calls of one process: open or closed, how many, and a way to end them all.
+
+    Its slots are for what computes: generation in a worker.
+    """
 
     def __init__(self, limit: int = MAX_CONCURRENT_REQUESTS) -> None:
-        self.limit = limit
-        self.generating = 0
-        """Generation requests that are admitted and not done."""
+        super().__init__(limit)
         self._calls: set[Call] = set()
         self._closed_by: Exception | None = None
         self._idle = asyncio.Event()
@@ -61,17 +89,6 @@ class Admission:
             self._calls.discard(call)
             if not self._calls:
                 self._idle.set()
-
-    @contextmanager
-    def slot(self) -> Iterator[None]:
-        """Hold one place for generation. Raises Overloaded when all are taken."""
-        if self.generating >= self.limit:
-            raise Overloaded(self.limit)
-        self.generating += 1
-        try:
-            yield
-        finally:
-            self.generating -= 1
 
     def close(self, reason: Exception) -> None:
         """Refuse new calls with `reason`; running ones go on."""

@@ -33,7 +33,7 @@ from engine.servability import trainable_modules
 from engine.shard import VllmShard
 from gateway import adapters, metrics, training
 from gateway.adapters import Adapters
-from gateway.admission import Admission, Draining
+from gateway.admission import MAX_WATCHES, Admission, Draining, Slots
 from gateway.arms import Arms
 from gateway.call import Principal
 from gateway.channel import Ended, Want
@@ -42,7 +42,7 @@ from gateway.evaluation import Evaluations
 from gateway.judgement import Judgement
 from gateway.processes import Processes
 from gateway.relay import caller
-from gateway.server import HOST_SERVICES, OPTIONS
+from gateway.server import HOST_OPTIONS, HOST_SERVICES
 from gateway.settings import Settings
 from gateway.tracing import Tracing
 from gateway.training import Training
@@ -63,7 +63,8 @@ from trainer.served import ServedModel
 logger = logging.getLogger(__name__)
 
 MAX_STREAMS = 256
-"""Watches and evaluations at once: each event is read from the database for each watch."""
+"""Evaluations, reports, previews, estimates, publications and logs at once: each works, or reads
+files, in a thread."""
 SWEEP_INTERVAL_S = 3600.0
 """How often uploads that nobody went on with are dropped."""
 
@@ -93,6 +94,7 @@ class ControlPlane:
         self._arms = Arms()
         self._judgement = Judgement(registry, self._ledger, self._arms, self._processes)
         self._admission = Admission(MAX_STREAMS)
+        self._watches = Slots(MAX_WATCHES, "watches")
         self._tracing = Tracing(settings.otlp_endpoint)
         self._training = TrainingPlane(settings, state_dir, jobs, training_environment)
         self._served: ServedModel | None = None
@@ -185,7 +187,8 @@ class ControlPlane:
             self._registry, self._sources, pool, shard, self._settings.max_num_seqs
         )
         servicer = self._training.serve(
-            served, self._modules.linear, shard, catalog, self._registry, self._admission
+            *(served, self._modules.linear, shard, catalog, self._registry),
+            *(self._admission, self._watches),
         )
         self._server = self._build_server(catalog, evaluations, servicer)
 
@@ -254,7 +257,7 @@ class ControlPlane:
             adapters.PATIENT_METHODS | training.PATIENT_METHODS,
         )
         server = grpc.aio.server(
-            interceptors=[EdgeInterceptor(edge, HOST_SERVICES)], options=list(OPTIONS)
+            interceptors=[EdgeInterceptor(edge, HOST_SERVICES)], options=list(HOST_OPTIONS)
         )
         servicer = Adapters(
             catalog,
@@ -264,6 +267,7 @@ class ControlPlane:
             self._judgement,
             evaluations,
             self._admission,
+            self._watches,
         )
         add_AdaptersServicer_to_server(servicer, server)
         add_TrainingServicer_to_server(training_servicer, server)

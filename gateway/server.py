@@ -13,6 +13,7 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2
 from grpc_reflection.v1alpha.reflection import aio as reflection_aio
 from grpc_reflection.v1alpha.reflection_pb2_grpc import add_ServerReflectionServicer_to_server
 
+from gateway.admission import MAX_WATCHES
 from gateway.health import Health
 from gateway.settings import Settings
 from gateway.wrap import Edge, EdgeInterceptor
@@ -57,12 +58,26 @@ OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.keepalive_permit_without_calls", 1),
     # One connection cannot hold more than this many calls; a client opens another.
     ("grpc.max_concurrent_streams", 1024),
+    # Calls that have come and that Python has not taken yet. All watchers come back at once when
+    # a gateway restarts: of 2,000, gRPC's own bound of 1000 ended 190 with a bare CANCELLED, which
+    # no client tries again.
+    ("grpc.server.max_pending_requests", 2 * MAX_WATCHES),
+    ("grpc.server.max_pending_requests_hard_limit", 4 * MAX_WATCHES),
     # A connection that sends nothing must not hold a socket for ever.
     ("grpc.server_handshake_timeout_ms", 10_000),
     # The workers share the public port. The host holds it bound, and has probed that nobody
     # else listens there, because the kernel would share it with them in silence.
     ("grpc.so_reuseport", 1),
 )
+HOST_OPTIONS: tuple[tuple[str, int], ...] = tuple(
+    {
+        **dict(OPTIONS),
+        # A worker has one connection to the host, for all of its callers. With no more than 1024
+        # calls on it, the 1025th watch and every call after it waited without an answer.
+        "grpc.max_concurrent_streams": MAX_WATCHES + 1024,
+    }.items()
+)
+"""Of the server that the host answers workers on."""
 
 
 class GatewayServer:

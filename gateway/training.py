@@ -18,7 +18,7 @@ from gateway.adapter_codec import (
     refuse,
     upload_id_violations,
 )
-from gateway.admission import Admission
+from gateway.admission import Admission, Slots
 from gateway.call import current_call
 from gateway.exceptions import SequenceUnknown
 from gateway.preview import Previews
@@ -63,8 +63,10 @@ class Training(TrainingServicer):
         jobs: Jobs,
         served: ServedModel,
         admission: Admission,
+        watches: Slots,
     ) -> None:
-        """Changes go through `datasets` and `jobs`; `store` is read."""
+        """Changes go through `datasets` and `jobs`; `store` is read. `watches` are held by those
+        who follow, `admission` by those who work."""
         self._store = store
         self._datasets = datasets
         self._preparations = preparations
@@ -72,6 +74,7 @@ class Training(TrainingServicer):
         self._jobs = jobs
         self._served = served
         self._admission = admission
+        self._watches = watches
 
     # --- datasets -----------------------------------------------------------
 
@@ -226,7 +229,7 @@ class Training(TrainingServicer):
         items = self._jobs.watch(
             _tenant(), request.name, after=request.after_sequence, heartbeat_s=HEARTBEAT_S
         )
-        with self._admission.slot():
+        with self._watches.slot():
             async with contextlib.aclosing(items):
                 async for item in items:
                     if isinstance(item, JobEventRecord):
@@ -242,7 +245,8 @@ class Training(TrainingServicer):
         pieces = self._jobs.logs(
             _tenant(), request.name, offset=request.offset, follow=request.follow
         )
-        with self._admission.slot():
+        slots = self._watches if request.follow else self._admission
+        with slots.slot():
             async with contextlib.aclosing(pieces):
                 async for piece in pieces:
                     yield pb.GetJobLogsResponse(offset=piece.offset, data=piece.data)

@@ -16,7 +16,7 @@ from engine.base_model import ModuleShapes
 from engine.catalog import AdapterCatalog
 from engine.shard import Shard
 from engine.trial import Trial
-from gateway.admission import Admission
+from gateway.admission import Admission, Slots
 from gateway.checkpoint_sources import TRAIN_SCHEME, CheckpointSources
 from gateway.gating import CheckpointGate
 from gateway.preview import Previews
@@ -71,6 +71,7 @@ class TrainingPlane:
         catalog: AdapterCatalog,
         registry: Registry,
         admission: Admission,
+        watches: Slots,
     ) -> Training:
         """The servicer, which renders on `shard` and publishes into `catalog`. `shapes` are the
         base model's linear layers."""
@@ -103,6 +104,7 @@ class TrainingPlane:
             jobs,
             served,
             admission,
+            watches,
         )
 
     def trials(self, served: ServedModel) -> dict[str, Trial]:

@@ -36,7 +36,7 @@ from trainer.estimate import Estimate, Price
 from trainer.events import Checkpoint, Publication, PublicationState
 from trainer.ingest import as_json
 from trainer.job_folder import JobFolder, deletions
-from trainer.job_log import LogPiece, log_pieces
+from trainer.job_log import LogPiece, Logs
 from trainer.job_run import JobRun
 from trainer.journal import Heartbeat, Journal
 from trainer.means import Means, Preparer
@@ -79,6 +79,7 @@ class Jobs:
         self._store = store
         self._folder = root / JOBS_FOLDER
         self._journal = Journal(store, self._folder)
+        self._logs = Logs()
         self._queue = DeviceQueue(devices)
         self._max_active = max_active
 
@@ -308,8 +309,10 @@ class Jobs:
                 raise JobUnknown(name)
             return job
 
-        async for piece in log_pieces(look, self._folder_of(first), offset=offset, follow=follow):
-            yield piece
+        pieces = self._logs.pieces(look, self._folder_of(first), offset=offset, follow=follow)
+        async with contextlib.aclosing(pieces):
+            async for piece in pieces:
+                yield piece
 
     # --- what a job saved ---------------------------------------------------
 

@@ -1,13 +1,15 @@
 """The journal: every change of a job goes through here, and wakes up who watches the job.
 
 A change that was begun is finished, whoever asked for it leaves meanwhile. A watcher is a place
-in the events of the store and a wake-up, so a slow one costs nothing and misses nothing.
+in the events of the store and a wake-up, so a slow one costs nothing and misses nothing. What all
+of them read after a change is read once.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 from collections.abc import AsyncGenerator, Coroutine
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,10 +24,12 @@ from store.job_records import (
     JobUnknown,
 )
 from store.jobs import JobStore
+from store.shared_reads import SharedReads
 from trainer.job_folder import JobFolder
 
-EVENTS_PER_READ = 256
-"""Events that a watcher reads at once; a slow one holds no more in memory."""
+EVENTS_PER_READ = 32
+"""Events that a watcher reads at once; a slow one holds no more in memory. One that read none of
+10,000 events cost 600 KiB with 256, and 190 KiB with 32, most of it in gRPC's buffers."""
 
 HAS_PROCESS = frozenset({JobState.PREPARING, JobState.RUNNING, JobState.CANCELLING})
 
@@ -52,6 +56,7 @@ class Journal:
         self._folder = folder
         self._changed: dict[str, asyncio.Event] = {}
         """By job; replaced with each change."""
+        self._reads = SharedReads()
         self._commits: set[asyncio.Task[Any]] = set()
 
     async def close(self) -> None:
@@ -104,12 +109,12 @@ class Journal:
         due_s = clock() + heartbeat_s
         while True:
             changed = self.next_change(uid)
-            job = await self._store.job(tenant, name)
+            job = await self._reads.read(changed, lambda: self._store.job(tenant, name))
             if job.uid != uid:
                 raise JobUnknown(name)
             while after < job.last_sequence:
-                events = await self._store.job_events(
-                    tenant, name, after=after, limit=EVENTS_PER_READ, uid=uid
+                events = await self._reads.read(
+                    (changed, after), functools.partial(self._events, job, after)
                 )
                 if not events:
                     break  # look again what became of the job
@@ -125,6 +130,11 @@ class Journal:
                 due_s = clock() + heartbeat_s
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(changed.wait(), max(0.0, due_s - clock()))
+
+    async def _events(self, job: JobRecord, after: int) -> list[JobEventRecord]:
+        return await self._store.job_events(
+            job.tenant, job.name, after=after, limit=EVENTS_PER_READ, uid=job.uid
+        )
 
     async def _trainer_time_ns(self, job: JobRecord) -> int | None:
         if job.state not in HAS_PROCESS or not job.attempt:

@@ -49,6 +49,9 @@ def refusal(
 UNAVAILABLE = refusal(
     grpc.StatusCode.UNAVAILABLE, "CONTROL_PLANE_UNAVAILABLE", "the control plane starts"
 )
+OVERLOADED = refusal(
+    grpc.StatusCode.RESOURCE_EXHAUSTED, "OVERLOADED", "the gateway holds 1 watches", retry_delay_s=1
+)
 
 
 class FakeAdapters(AdaptersServicer):

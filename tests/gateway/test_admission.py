@@ -27,12 +27,12 @@ async def run_for_ever(admission: Admission, started: asyncio.Event) -> None:
 
 async def test_slots_are_given_up_to_the_limit(admission: Admission) -> None:
     with admission.slot(), admission.slot():
-        assert admission.generating == 2
+        assert admission.held == 2
         with pytest.raises(Overloaded) as caught, admission.slot():
             pass
         assert caught.value.limit == 2
-        assert admission.generating == 2, "who was refused holds none"
-    assert admission.generating == 0
+        assert admission.held == 2, "who was refused holds none"
+    assert admission.held == 0
 
 
 async def test_a_slot_comes_back_when_its_holder_fails(admission: Admission) -> None:

@@ -110,7 +110,7 @@ async def test_a_version_that_is_not_loaded_is_asked_for_once_and_waited_for(
     beta = ServedVersion("default", "beta", 1, 2, "/nowhere", "digest")
     calls = [asyncio.create_task(answer_of(fake, "beta")) for _ in range(3)]
     async with asyncio.timeout(5):
-        while fake.admission.generating < len(calls) or not fake.wanted:
+        while fake.admission.held < len(calls) or not fake.wanted:
             await asyncio.sleep(0.01)
     assert not any(call.done() for call in calls)
     fake.residents.loaded(beta)

@@ -14,7 +14,7 @@ import pytest
 import pytest_asyncio
 
 from engine.fake import Script
-from gateway.server import OPTIONS
+from gateway.server import HOST_OPTIONS, OPTIONS
 from gateway.settings import Settings
 from lora_gateway.v1 import inference_pb2 as pb
 from lora_gateway.v1.inference_pb2_grpc import InferenceStub
@@ -29,7 +29,7 @@ def known(key: str) -> bool:
     return re.search(rb"(?<![a-z._])" + re.escape(key.encode()) + rb"\0", GRPC_BINARY) is not None
 
 
-@pytest.mark.parametrize("key", [key for key, _ in OPTIONS])
+@pytest.mark.parametrize("key", [key for key, _ in {**dict(OPTIONS), **dict(HOST_OPTIONS)}.items()])
 def test_each_option_is_known_to_the_installed_grpc(key: str) -> None:
     assert known(key)
 

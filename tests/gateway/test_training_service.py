@@ -329,34 +329,6 @@ async def test_a_draft_tells_what_would_be_used_and_keeps_nothing(stub: Any) -> 
     assert not (await stub.ListJobs(pb.ListJobsRequest())).jobs
 
 
-async def test_jobs_come_page_by_page_also_where_some_are_deleted_meanwhile(stub: Any) -> None:
-    await upload(stub)
-    for name in ("a", "b", "c", "d"):
-        await stub.CreateJob(pb.CreateJobRequest(job_id=name, spec=spec()))
-        await stub.CancelJob(pb.CancelJobRequest(name=name, discard=True))
-        async for _ in stub.WatchJob(pb.WatchJobRequest(name=name)):
-            pass  # until it has ended
-    page = await stub.ListJobs(pb.ListJobsRequest(page_size=2))
-    assert [job.name for job in page.jobs] == ["d", "c"]
-    await stub.DeleteJob(pb.DeleteJobRequest(name="c"))
-    request = pb.ListJobsRequest(page_size=2, page_token=page.next_page_token)
-    page = await stub.ListJobs(request)
-    assert [job.name for job in page.jobs] == ["b", "a"] and not page.next_page_token
-    refusal = await refused(stub.ListJobs(pb.ListJobsRequest(page_token="nobody")))
-    assert (refusal.reason, refusal.fields) == ("INVALID_FIELD", ["page_token"])
-
-
-async def test_datasets_go_on_where_the_last_of_a_page_was_deleted(stub: Any) -> None:
-    for name in ("a", "b", "c"):
-        await upload(stub, dataset=name, upload_id=f"up-{name}")
-    page = await stub.ListDatasets(pb.ListDatasetsRequest(page_size=2))
-    await stub.DeleteDataset(pb.DeleteDatasetRequest(name="b"))
-    request = pb.ListDatasetsRequest(page_token=page.next_page_token)
-    assert [each.name for each in (await stub.ListDatasets(request)).datasets] == ["c"]
-    refusal = await refused(stub.ListDatasets(pb.ListDatasetsRequest(page_token="No Name")))
-    assert (refusal.reason, refusal.fields) == ("INVALID_FIELD", ["page_token"])
-
-
 async def test_a_job_is_made_once_by_a_request_and_ends_when_it_is_cancelled(stub: Any) -> None:
     await upload(stub)
     request = pb.CreateJobRequest(request_id="r-1", job_id="night", spec=spec())

@@ -6,6 +6,7 @@ import asyncio
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,7 +14,7 @@ from store.job_records import JobEventRecord, JobRecord, JobState, JobUnknown
 from tests.trainer.job_stage import TENANT, Stage, stage
 from tests.trainer.scripted_worker import Script
 from trainer.job_folder import JobFolder
-from trainer.job_log import log_pieces
+from trainer.job_log import Logs
 from trainer.journal import Heartbeat
 
 WATCHERS = 200
@@ -126,8 +127,89 @@ async def test_a_log_runs_over_all_attempts(tmp_path: Path) -> None:
 
         async def read(offset: int) -> list[tuple[int, bytes]]:
             folder = JobFolder(tmp_path / "jobs" / job.uid)
-            pieces = log_pieces(look, folder, offset=offset, follow=True)
+            pieces = Logs().pieces(look, folder, offset=offset, follow=True)
             return [(piece.offset, piece.data) async for piece in pieces]
 
         assert await read(0) == [(0, b"first\n"), (6, b"second\n")]
         assert await read(9) == [(9, b"ond\n")]
+
+
+async def test_a_change_is_read_once_for_all_who_watch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with stage(tmp_path) as s:
+        s.preparations.gate.clear()
+        job = await s.create("one")
+        watchers = [
+            s.jobs.watch(TENANT, "one", after=job.last_sequence, heartbeat_s=60.0)
+            for _ in range(WATCHERS)
+        ]
+        waiting = [asyncio.ensure_future(anext(watcher)) for watcher in watchers]
+        await asyncio.sleep(0.2)
+        reads = 0
+        job_events = s.store.job_events
+
+        async def counted(*names: str, **bounds: Any) -> list[JobEventRecord]:
+            nonlocal reads
+            reads += 1
+            return await job_events(*names, **bounds)
+
+        monkeypatch.setattr(s.store, "job_events", counted)
+        s.preparations.gate.set()
+        told = await asyncio.wait_for(asyncio.gather(*waiting), 20)
+        assert [item.sequence for item in told] == [job.last_sequence + 1] * WATCHERS
+        assert reads < 5
+        for watcher in watchers:
+            await watcher.aclose()
+
+
+async def test_a_log_is_looked_at_once_for_all_who_follow_it(tmp_path: Path) -> None:
+    async with stage(tmp_path) as s:
+        await s.create("one", Script(say="words", wait_for="go"))
+        job = await s.until_step("one", 1)
+        looks = 0
+
+        async def look() -> JobRecord:
+            nonlocal looks
+            looks += 1
+            return await s.job("one")
+
+        async def followed(offset: int) -> bytes:
+            pieces = logs.pieces(look, folder, offset=offset, follow=True)
+            return b"".join([piece.data async for piece in pieces])
+
+        logs, folder = Logs(), JobFolder(tmp_path / "jobs" / job.uid)
+        followers = [asyncio.create_task(followed(number % 5)) for number in range(WATCHERS)]
+        await asyncio.sleep(2.0)
+        assert looks < WATCHERS + 20, "each when it comes, and then four times a second in all"
+        (tmp_path / "go").touch()
+        for number, follower in enumerate(followers):
+            assert await asyncio.wait_for(follower, 20) == b"words\n"[number % 5 :]
+        assert not logs._tails, "nobody looks any more"
+
+
+async def test_those_who_follow_a_log_hear_that_the_job_was_deleted(tmp_path: Path) -> None:
+    async with stage(tmp_path) as s:
+        await s.create("one", Script(say="words", wait_for="go"))
+        await s.until_step("one", 1)
+        gone = False
+
+        async def look() -> JobRecord:
+            if gone:
+                raise JobUnknown("one")
+            return await s.job("one")
+
+        folder = JobFolder(tmp_path / "jobs" / (await s.job("one")).uid)
+        logs = Logs()
+        followers = [logs.pieces(look, folder, offset=0, follow=True) for _ in range(3)]
+        for follower in followers:
+            assert (await anext(follower)).data == b"words\n"
+        gone = True
+        for follower in followers:
+            with pytest.raises(JobUnknown):
+                await asyncio.wait_for(anext(follower), 5)
+        gone = False
+        again = logs.pieces(look, folder, offset=0, follow=True)
+        assert (await anext(again)).data == b"words\n"
+        await again.aclose()
+        (tmp_path / "go").touch()

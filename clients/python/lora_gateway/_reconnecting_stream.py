@@ -10,7 +10,7 @@ import grpc
 import grpc.aio
 
 from lora_gateway._backoff import Backoff
-from lora_gateway.errors import GatewayError, IncompleteStream, Unavailable
+from lora_gateway.errors import GatewayError, IncompleteStream, Overloaded, Unavailable
 
 if TYPE_CHECKING:
     from typing import Self
@@ -74,6 +74,7 @@ class ReconnectingStream(Generic[Response]):
         Raises:
             Unavailable: the gateway was not there to begin with, or it is gone and `reconnect`
                 is off.
+            Overloaded: the same, but that it has no place for one more.
             GatewayError: the call failed otherwise.
         """
         while not self._closed:
@@ -83,7 +84,7 @@ class ReconnectingStream(Generic[Response]):
                     raise IncompleteStream(
                         "the stream ended before all was told", code=grpc.StatusCode.DATA_LOSS
                     )
-            except (Unavailable, IncompleteStream) as error:
+            except (Unavailable, Overloaded, IncompleteStream) as error:
                 if not (self._begun and self._reconnect):
                     raise
                 await asyncio.sleep(self._backoff.delay_s(error.retry_delay_s))

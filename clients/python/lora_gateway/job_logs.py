@@ -56,6 +56,7 @@ class JobLogs(ReconnectingStream[GetJobLogsResponse]):
 
         Raises:
             Unavailable: the gateway was not there to begin with.
+            Overloaded: it had no place for one more to begin with.
             NotFound: there is no such job.
             IncompleteStream: bytes are missing; the log is closed.
             GatewayError: the call failed otherwise.

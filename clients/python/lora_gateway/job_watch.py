@@ -79,6 +79,7 @@ class JobWatch(ReconnectingStream[WatchJobResponse]):
         Raises:
             Unavailable: the gateway was not there to begin with, or it is gone and `reconnect`
                 is off.
+            Overloaded: the same, but that it has no place for one more.
             NotFound: there is no such job, or it was deleted meanwhile.
             IncompleteStream: events are missing; the watch is closed.
             GatewayError: the call failed otherwise, for example with reason SEQUENCE_UNKNOWN.

@@ -66,6 +66,7 @@ class AdapterWatch(ReconnectingStream[WatchAdaptersResponse]):
         Raises:
             Unavailable: the gateway was not there to begin with, or it is gone and `reconnect`
                 is off.
+            Overloaded: the same, but that it has no place for one more.
             GatewayError: the call failed otherwise, for example with reason SEQUENCE_UNKNOWN.
         """
         while (response := await self._receive()) is not None:

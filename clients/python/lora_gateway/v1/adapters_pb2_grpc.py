@@ -322,7 +322,9 @@ class AdaptersServicer(object):
     def WatchAdapters(self, request, context):
         """WatchAdapters replays the changes after a sequence number and then follows,
         without a gap, until the caller leaves. It is the audit trail: who changed
-        what, and when. Never ended by the server's default deadline.
+        what, and when. Never ended by the server's default deadline. A gateway has
+        places for 4096 calls that follow, with those of Training among them. One
+        more is refused (OVERLOADED).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -585,7 +585,9 @@ class AdaptersStub(typing.Generic[_AdaptersValidateAdapterType, _AdaptersCreateA
     WatchAdapters: _AdaptersWatchAdaptersType
     """WatchAdapters replays the changes after a sequence number and then follows,
     without a gap, until the caller leaves. It is the audit trail: who changed
-    what, and when. Never ended by the server's default deadline.
+    what, and when. Never ended by the server's default deadline. A gateway has
+    places for 4096 calls that follow, with those of Training among them. One
+    more is refused (OVERLOADED).
     """
 
 AdaptersAsyncStub: typing_extensions.TypeAlias = AdaptersStub[
@@ -873,7 +875,9 @@ class AdaptersServicer(metaclass=abc.ABCMeta):
     ) -> typing.Union[collections.abc.Iterator[lora_gateway.v1.adapters_pb2.WatchAdaptersResponse], collections.abc.AsyncIterator[lora_gateway.v1.adapters_pb2.WatchAdaptersResponse]]:
         """WatchAdapters replays the changes after a sequence number and then follows,
         without a gap, until the caller leaves. It is the audit trail: who changed
-        what, and when. Never ended by the server's default deadline.
+        what, and when. Never ended by the server's default deadline. A gateway has
+        places for 4096 calls that follow, with those of Training among them. One
+        more is refused (OVERLOADED).
         """
 
 def add_AdaptersServicer_to_server(servicer: AdaptersServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...

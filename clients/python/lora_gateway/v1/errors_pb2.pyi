@@ -113,7 +113,8 @@ class _ErrorReasonEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._En
     Code FAILED_PRECONDITION. Metadata: `adapter`.
     """
     ERROR_REASON_OVERLOADED: _ErrorReason.ValueType  # 20
-    """ERROR_REASON_OVERLOADED: the gateway holds as many requests as it admits.
+    """ERROR_REASON_OVERLOADED: the gateway holds as many calls of this kind as it
+    admits: requests, or watches.
     Code RESOURCE_EXHAUSTED with RetryInfo. Metadata: `limit`.
     """
     ERROR_REASON_DRAINING: _ErrorReason.ValueType  # 21
@@ -373,7 +374,8 @@ version of it is not READY any more.
 Code FAILED_PRECONDITION. Metadata: `adapter`.
 """
 ERROR_REASON_OVERLOADED: ErrorReason.ValueType  # 20
-"""ERROR_REASON_OVERLOADED: the gateway holds as many requests as it admits.
+"""ERROR_REASON_OVERLOADED: the gateway holds as many calls of this kind as it
+admits: requests, or watches.
 Code RESOURCE_EXHAUSTED with RetryInfo. Metadata: `limit`.
 """
 ERROR_REASON_DRAINING: ErrorReason.ValueType  # 21

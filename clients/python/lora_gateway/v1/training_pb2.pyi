@@ -2575,7 +2575,9 @@ class GetJobLogsRequest(google.protobuf.message.Message):
     offset: builtins.int
     """offset of the first byte. Default 0."""
     follow: builtins.bool
-    """follow goes on until the job has ended. Default false."""
+    """follow goes on until the job has ended, in one of the 4096 places for calls
+    that follow. Default false.
+    """
     def __init__(
         self,
         *,

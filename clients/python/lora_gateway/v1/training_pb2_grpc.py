@@ -274,14 +274,17 @@ class TrainingServicer(object):
     def WatchJob(self, request, context):
         """WatchJob replays a job's events after a sequence number and then follows,
         without a gap, until the job has ended; then it ends OK. Never ended by the
-        server's default deadline.
+        server's default deadline. A gateway has places for 4096 calls that follow:
+        these, GetJobLogs with `follow` and WatchAdapters. One more is refused
+        (OVERLOADED); other calls do not need such a place.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetJobLogs(self, request, context):
-        """GetJobLogs sends what the training process printed, from a byte offset.
+        """GetJobLogs sends what the training process printed, from a byte offset. With
+        `follow` it needs a place, as WatchJob says.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -553,11 +553,15 @@ class TrainingStub(typing.Generic[_TrainingUploadDatasetType, _TrainingQueryUplo
     WatchJob: _TrainingWatchJobType
     """WatchJob replays a job's events after a sequence number and then follows,
     without a gap, until the job has ended; then it ends OK. Never ended by the
-    server's default deadline.
+    server's default deadline. A gateway has places for 4096 calls that follow:
+    these, GetJobLogs with `follow` and WatchAdapters. One more is refused
+    (OVERLOADED); other calls do not need such a place.
     """
 
     GetJobLogs: _TrainingGetJobLogsType
-    """GetJobLogs sends what the training process printed, from a byte offset."""
+    """GetJobLogs sends what the training process printed, from a byte offset. With
+    `follow` it needs a place, as WatchJob says.
+    """
 
     ListCheckpoints: _TrainingListCheckpointsType
     """ListCheckpoints lists what a job has saved, newest first."""
@@ -804,7 +808,9 @@ class TrainingServicer(metaclass=abc.ABCMeta):
     ) -> typing.Union[collections.abc.Iterator[lora_gateway.v1.training_pb2.WatchJobResponse], collections.abc.AsyncIterator[lora_gateway.v1.training_pb2.WatchJobResponse]]:
         """WatchJob replays a job's events after a sequence number and then follows,
         without a gap, until the job has ended; then it ends OK. Never ended by the
-        server's default deadline.
+        server's default deadline. A gateway has places for 4096 calls that follow:
+        these, GetJobLogs with `follow` and WatchAdapters. One more is refused
+        (OVERLOADED); other calls do not need such a place.
         """
 
     @abc.abstractmethod
@@ -813,7 +819,9 @@ class TrainingServicer(metaclass=abc.ABCMeta):
         request: lora_gateway.v1.training_pb2.GetJobLogsRequest,
         context: _ServicerContext,
     ) -> typing.Union[collections.abc.Iterator[lora_gateway.v1.training_pb2.GetJobLogsResponse], collections.abc.AsyncIterator[lora_gateway.v1.training_pb2.GetJobLogsResponse]]:
-        """GetJobLogs sends what the training process printed, from a byte offset."""
+        """GetJobLogs sends what the training process printed, from a byte offset. With
+        `follow` it needs a place, as WatchJob says.
+        """
 
     @abc.abstractmethod
     def ListCheckpoints(
