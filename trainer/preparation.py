@@ -204,7 +204,10 @@ class Preparations:
         """Run the process in its folder. Raises StorageFull and TrainingUnavailable."""
         command = (self._python, "-m", "trainer.prepare", str(made))
         async with contextlib.AsyncExitStack() as owned:
-            log = owned.enter_context(await asyncio.to_thread((made / LOG_FILE).open, "wb"))
+            # To the end: a file that a thread opens for nobody is never closed.
+            log = await to_the_end(
+                asyncio.to_thread(lambda: owned.enter_context((made / LOG_FILE).open("wb")))
+            )
             try:
                 child = await owned.enter_async_context(
                     child_process(

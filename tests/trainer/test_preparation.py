@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
+from typing import IO, Any
 
 import psutil
 import pytest
@@ -18,7 +19,7 @@ from store.upload_folder import StorageFull
 from tests.trainer.prepared import GOOD, data_spec, digests, exchange, record, rows_of, write_lines
 from trainer.errors import DatasetInvalid, InvalidSpec, TrainingUnavailable
 from trainer.failure import is_storage_full
-from trainer.preparation import MAX_PREVIEWS, Preparations, Prepared
+from trainer.preparation import LOG_FILE, MAX_PREVIEWS, Preparations, Prepared
 from trainer.prepare_plan import EXIT_ORPHANED, EXIT_STORAGE_FULL, PLAN_FILE, PreparePlan
 from trainer.prepared_folders import PreparedFolders
 from trainer.report import DatasetReport
@@ -188,6 +189,31 @@ async def test_rows_that_are_made_are_answered_though_others_cannot_be_removed(
 
     monkeypatch.setattr(PreparedFolders, "prune", fail)
     assert (await open_on().prepare(record(), dataset, DATA)).report.rows == 2
+
+
+async def test_the_log_is_closed_where_nobody_waits_any_more_while_it_is_opened(
+    open_on: Open, dataset: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    open_file, opening, go = Path.open, threading.Event(), threading.Event()
+    opened: list[IO[Any]] = []
+
+    def slow(path: Path, *args: Any, **options: Any) -> IO[Any]:
+        if path.name == LOG_FILE:
+            opening.set()
+            go.wait(SOON_S)
+        file: IO[Any] = open_file(path, *args, **options)
+        opened.extend([file] if path.name == LOG_FILE else [])
+        return file
+
+    monkeypatch.setattr(Path, "open", slow)
+    asking = asyncio.create_task(open_on().prepare(record(), dataset, DATA))
+    await asyncio.to_thread(opening.wait, SOON_S)
+    asking.cancel()
+    asyncio.get_running_loop().call_later(0.2, go.set)
+    await asyncio.gather(asking, return_exceptions=True)
+    async with asyncio.timeout(SOON_S):
+        while not (opened and opened[0].closed):
+            await asyncio.sleep(0.01)
 
 
 async def test_the_process_is_killed_when_nobody_waits_any_more(
