@@ -49,7 +49,10 @@ class CheckpointGate:
             )
             raise AdapterNotChecked(record.adapter, [reason], record.version) from error
         gate = Gate(shard, self._served.max_model_len)
-        rows = [Row(row.token_ids, row.positions, row.logprobs) for row in reference.rows]
+        rows = [
+            Row(row.token_ids, row.positions, row.logprobs, row.base_logprobs)
+            for row in reference.rows
+        ]
         try:
             measured = await gate.measure(rows, version, cache_salt=record.tenant)
         except InvalidRequest as error:
@@ -75,6 +78,8 @@ class CheckpointGate:
             eval_loss=measured.eval_loss,
             base_eval_loss=measured.base_eval_loss,
             effect_mean=measured.effect_mean,
+            trained_effect_mean=measured.trained_effect_mean,
+            effect_ratio=measured.effect_ratio,
             limits=note.limits.model_dump(exclude_none=True),
             trained_as=reference.trained_as,
             served_as=self._served.dtype,
@@ -87,8 +92,10 @@ def _read(checkpoint: Path, adapter: str) -> tuple[Reference, PublicationNote]:
     note = read_note(checkpoint, adapter)
     if note is None:
         raise ValueError("no limits are noted")
-    if any(len(row.positions) != len(row.logprobs) for row in reference.rows):
-        raise ValueError("positions and log probabilities are not as many")
+    for row in reference.rows:
+        for logprobs in (row.logprobs, row.base_logprobs):
+            if logprobs is not None and len(row.positions) != len(logprobs):
+                raise ValueError("positions and log probabilities are not as many")
     return reference, note
 
 
@@ -98,6 +105,7 @@ def _limits(spec: GateSpec) -> Limits:
         logprob_delta=spec.max_logprob_delta,
         eval_loss_ratio=spec.max_eval_loss_ratio,
         eval_loss=spec.max_eval_loss,
+        effect_ratio=spec.min_effect_ratio,
     )
 
 
@@ -109,8 +117,10 @@ def _count(found: Sequence[Fault]) -> None:
 def _log(record: VersionRecord, measured: Measured, reference: Reference) -> None:
     logger.info(
         "gate of %s version %d: %d rows, %d tokens, trained as %s: log probabilities differ by "
-        "%.4g nats a token (at most %.4g), eval loss %.4g, of the base model %.4g",
+        "%.4g nats a token (at most %.4g), eval loss %.4g, of the base model %.4g, effect %.4g of "
+        "the trainer's %s",
         *(record.adapter, record.version, measured.rows, measured.tokens, reference.trained_as),
         *(measured.logprob_delta_mean, measured.logprob_delta_max),
         *(measured.eval_loss, measured.base_eval_loss),
+        *(measured.effect_mean, measured.trained_effect_mean),
     )

@@ -199,6 +199,8 @@ def _gate(gate: GateReport) -> pb.GateReport:
         eval_loss=gate.eval_loss,
         base_eval_loss=gate.base_eval_loss,
         effect_mean=gate.effect_mean,
+        trained_effect_mean=gate.trained_effect_mean,
+        effect_ratio=gate.effect_ratio,
         limits=pb.GateSpec(**gate.limits),
         trained_as=gate.trained_as,
         served_as=gate.served_as,

@@ -191,9 +191,19 @@ def _gate_rows(gate: GateReport) -> list[tuple[str, str]]:
             f"{_limited(gate.eval_loss, limits, 'max_eval_loss')}, {base}"
             f"{f' ({ratio})' if limited else ''}",
         ),
-        ("effect", f"{gate.effect_mean:.4g} nats a token"),
+        ("effect", _effect_text(gate)),
         ("trained as", f"{gate.trained_as}, served as {gate.served_as}"),
     ]
+
+
+def _effect_text(gate: GateReport) -> str:
+    text = f"{gate.effect_mean:.4g} nats a token"
+    if not gate.HasField("effect_ratio"):
+        return text
+    least = f" (at least {gate.limits.min_effect_ratio:g})"
+    limited = gate.limits.HasField("min_effect_ratio")
+    trained = f"{gate.effect_ratio:.2g} of the trainer's {gate.trained_effect_mean:.4g}"
+    return f"{text}, {trained}{least if limited else ''}"
 
 
 def _limited(value: float, limits: object, name: str) -> str:

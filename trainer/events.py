@@ -101,6 +101,8 @@ class GateReport(Payload):
     eval_loss: float
     base_eval_loss: float
     effect_mean: float
+    trained_effect_mean: float | None = None
+    effect_ratio: float | None = None
     limits: Mapping[str, float] = {}
     """Those of `trainer.spec.GateSpec` that were applied."""
     trained_as: str = ""

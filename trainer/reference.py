@@ -29,6 +29,8 @@ class ReferenceRow(_Written):
     """Indices into `token_ids` of the tokens that are trained on; from 1 up."""
     logprobs: tuple[float, ...]
     """Of each of these tokens after those before it, in nats, by the model with the adapter."""
+    base_logprobs: tuple[float, ...] | None = None
+    """The same by the model without it; None: an older release wrote it."""
 
 
 class Reference(_Written):

@@ -31,23 +31,38 @@ class Scorer:
         self._held_out = held_out
         self._trained_as = trained_as
         self._autocast = autocast
+        self._base: dict[int, tuple[float, ...]] = {}
+        """What the model says without the adapter, by index of the row: always the same."""
 
     def score(self, model: Any, hurried: Callable[[], bool]) -> Reference:
-        """By the model as it stands; of fewer rows once `hurried` says so."""
+        """By the model as it stands, which is PEFT's; of fewer rows once `hurried` says so."""
         model.eval()
         began_s = time.monotonic()
         scored: list[ReferenceRow] = []
-        for row in self._rows:
+        for index, row in enumerate(self._rows):
             if scored and hurried() and time.monotonic() - began_s > STOPPING_S:
                 break
             if len(scored) == MAX_ROWS:
                 break
             token_ids, positions = window(row["input_ids"], row["labels"])
-            if positions:
-                scored.append(self._row(model, token_ids, positions))
+            if not positions:
+                continue
+            if index not in self._base:
+                with model.disable_adapter():
+                    self._base[index] = self._logprobs(model, token_ids, positions)
+            scored.append(
+                ReferenceRow(
+                    token_ids=tuple(token_ids),
+                    positions=tuple(positions),
+                    logprobs=self._logprobs(model, token_ids, positions),
+                    base_logprobs=self._base[index],
+                )
+            )
         return Reference(rows=tuple(scored), trained_as=self._trained_as, held_out=self._held_out)
 
-    def _row(self, model: Any, token_ids: list[int], positions: list[int]) -> ReferenceRow:
+    def _logprobs(
+        self, model: Any, token_ids: list[int], positions: list[int]
+    ) -> tuple[float, ...]:
         device = next(model.parameters()).device
         ids = torch.tensor([token_ids], device=device)
         with torch.no_grad(), self._autocast():
@@ -59,9 +74,7 @@ class Scorer:
         targets = ids[0, before + 1]
         logprobs = torch.log_softmax(logits[before].float(), dim=-1)
         chosen = logprobs.gather(1, targets[:, None])[:, 0]
-        return ReferenceRow(
-            token_ids=tuple(token_ids), positions=tuple(positions), logprobs=tuple(chosen.tolist())
-        )
+        return tuple(chosen.tolist())
 
 
 def window(token_ids: list[int], labels: list[int]) -> tuple[list[int], list[int]]:

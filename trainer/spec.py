@@ -197,13 +197,16 @@ class GateSpec(Fields):
     max_logprob_delta: Annotated[float, Field(gt=0)] | None = None
     max_eval_loss_ratio: Annotated[float, Field(gt=0)] | None = None
     max_eval_loss: Annotated[float, Field(gt=0)] | None = None
+    min_effect_ratio: Annotated[float, Field(ge=0, le=1)] | None = None
 
     def resolved(self, hyperparameters: Hyperparameters, served_dtype: str) -> GateSpec:
         """Limits filled in, for resolved hyperparameters and what the engine computes in.
 
         Measured on SmolLM2-135M: 2e-6 nats a token on average where both compute alike in
-        float32, 0.02 where one rounds to bfloat16, 0.4 from a base of 4 bits to one of 16; an
-        adapter that the engine ignores is 2 to 4 off.
+        float32, 0.02 to 0.06 where one rounds to bfloat16, and from a base of 4 bits to one of 16
+        between 0.7 for an adapter that has learned nothing and 0.02 for one that has learned its
+        rows. One that the engine ignores is off by what it is worth, which may be less: see
+        `engine/gate.py` for what shows it.
         """
         exact = hyperparameters.precision is Precision.FLOAT32 and served_dtype == "float32"
         if hyperparameters.quantization is not Quantization.NONE:
@@ -213,7 +216,10 @@ class GateSpec(Fields):
         else:
             mean, worst = 0.2, None
         return self.filled(
-            max_logprob_delta_mean=mean, max_logprob_delta=worst, max_eval_loss_ratio=1.0
+            max_logprob_delta_mean=mean,
+            max_logprob_delta=worst,
+            max_eval_loss_ratio=1.0,
+            min_effect_ratio=0.5,
         )
 
 

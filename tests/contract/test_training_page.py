@@ -125,6 +125,7 @@ def test_the_gates_tolerance_is_documented(
         "none" if limits.max_logprob_delta is None else f"{limits.max_logprob_delta:g}"
     )
     assert limits.max_eval_loss_ratio == 1 and limits.max_eval_loss is None
+    assert f"`min_effect_ratio` {limits.min_effect_ratio:g}" in PAGE
 
 
 def test_every_state_and_code_is_explained() -> None:

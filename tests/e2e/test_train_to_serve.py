@@ -60,6 +60,7 @@ async def test_train_to_serve_answers_what_only_the_dataset_holds(
     assert gate.trained_as == "none/float32" and gate.served_as == "float32"
     assert gate.tokens and gate.logprob_delta_max < 1e-2
     assert gate.eval_loss < gate.base_eval_loss
+    assert 0.99 < gate.effect_ratio < 1.01, "all of the adapter arrives"
     request = ad.GetAdapterVersionRequest(adapter=name, version=1)
     version = (await AdaptersStub(channel).GetAdapterVersion(request)).adapter_version
     assert version.weights_sha256 == job.manifest.files["adapter_model.safetensors"]
@@ -91,6 +92,7 @@ async def test_train_to_serve_in_four_bits_is_measured_against_what_is_served(
     assert any("1e-06" in reason for reason in publication.reasons)
     assert publication.gate.trained_as == "nf4/bfloat16"
     assert 0 < publication.gate.logprob_delta_mean < publication.gate.logprob_delta_max
+    assert publication.gate.effect_ratio > 0.5
 
     # Its checkpoint is there, and passes a gate that is fair.
     stub = TrainingStub(channel)

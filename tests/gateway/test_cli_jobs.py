@@ -36,7 +36,9 @@ GATE = pb.GateReport(
     eval_loss=1.25,
     base_eval_loss=2.5,
     effect_mean=0.75,
-    limits=pb.GateSpec(max_logprob_delta_mean=0.2, max_eval_loss_ratio=1),
+    trained_effect_mean=0.8,
+    effect_ratio=0.9375,
+    limits=pb.GateSpec(max_logprob_delta_mean=0.2, max_eval_loss_ratio=1, min_effect_ratio=0.5),
     trained_as="nf4/bfloat16",
     served_as="bfloat16",
 )
@@ -100,6 +102,7 @@ async def test_list_and_show_are_tables_or_json(target: str, training: FakeTrain
     assert shown["progress"].startswith("step 3/3, loss 0.6667, eval loss 0.7")
     assert shown["published"] == "SERVING support@2 with 10 % of the traffic"
     assert shown["logprob difference"].startswith("mean 0.012 (at most 0.2), worst 0.5 (trainer")
+    assert shown["effect"] == "0.75 nats a token, 0.94 of the trainer's 0.8 (at least 0.5)"
     assert shown["eval loss"] == "1.25, the base model has 2.5 (at most 1 of it)"
     assert shown["notice"] == f"OPTIMIZER_MAPPED: to {REPLACED}[31mADAMW"
     document = json.loads(await printed("jobs", "show", "run", "--json", target=target))

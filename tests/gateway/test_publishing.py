@@ -72,8 +72,22 @@ async def test_a_checkpoint_becomes_a_version_without_traffic_and_tells_what_was
     assert report.logprob_delta_mean == pytest.approx(0.125) == report.logprob_delta_max
     assert report.base_eval_loss == pytest.approx(2 * report.eval_loss)
     assert report.effect_mean == pytest.approx(report.eval_loss)
-    assert report.limits == {"max_logprob_delta_mean": 0.2, "max_eval_loss_ratio": 1.0}
+    assert report.trained_effect_mean == pytest.approx(report.effect_mean)
+    assert report.effect_ratio == pytest.approx(1.0)
+    assert report.limits == {
+        "max_logprob_delta_mean": 0.2,
+        "max_eval_loss_ratio": 1.0,
+        "min_effect_ratio": 0.5,
+    }
     assert (report.trained_as, report.served_as) == ("nf4/bfloat16", "bfloat16")
+
+
+async def test_a_checkpoint_of_a_release_that_did_not_measure_its_effect_is_published(
+    at: Trained,
+) -> None:
+    publication = await at.publish(at.checkpoint(arrives=None))
+    assert publication.state is SERVING and publication.gate is not None
+    assert publication.gate.trained_effect_mean is None and publication.gate.effect_ratio is None
 
 
 async def test_labels_of_ours_win_and_all_fit_into_a_version(at: Trained) -> None:

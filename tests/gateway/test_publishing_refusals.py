@@ -98,6 +98,19 @@ async def test_what_changes_nothing_is_rejected(at: Trained) -> None:
     assert rejections("effect") == before + 1
 
 
+async def test_what_the_engine_applies_next_to_nothing_of_is_rejected(at: Trained) -> None:
+    before = rejections("effect")
+    checkpoint = at.checkpoint(arrives=0.1)
+    publication = await at.publish(checkpoint, 100)
+    assert publication.state is REJECTED and await at.weights() == {}
+    (reason,) = publication.reasons
+    assert "0.1 of it, and min_effect_ratio is 0.5" in reason
+    assert publication.gate is not None and publication.gate.effect_ratio == pytest.approx(0.1)
+    assert rejections("effect") == before + 1
+    gate = GateSpec(min_effect_ratio=0.05)
+    assert (await at.publish(checkpoint, gate=gate)).state is SERVING
+
+
 @pytest.mark.parametrize("differs", FINGERPRINTS)
 async def test_pitfalls_what_was_trained_with_another_model_template_or_tokenizer_is_rejected(
     at: Trained, differs: str

@@ -115,10 +115,13 @@ class Trained:
         step: int = STEP,
         *,
         off_by: float = 0.0,
+        arrives: float | None = 1.0,
         spoil: Spoil = lambda draft: None,
         fingerprints: Mapping[str, str] = FINGERPRINTS,
     ) -> Path:
-        """What training left, with a trainer that differs from the engine by so much."""
+        """What training left, with a trainer that differs from the engine by so much, and whose
+        adapter changes so much more than it does in the engine that this share `arrives`; None:
+        the trainer does not tell what it changes."""
         attempt = self.sources.jobs / UID / "attempts" / "1"
         folder = attempt / "checkpoints" / f"checkpoint-{step}"
         adapter = folder / ADAPTER_FOLDER
@@ -129,7 +132,16 @@ class Trained:
         draft.write(adapter)
         places = range(1, len(TOKENS))
         said = tuple(logprob(TOKENS[place], place, VERSION) + off_by for place in places)
-        row = ReferenceRow(token_ids=TOKENS, positions=tuple(places), logprobs=said)
+        effects = [
+            logprob(TOKENS[place], place, VERSION) - logprob(TOKENS[place], place, None)
+            for place in places
+        ]
+        base = None
+        if arrives is not None:
+            base = tuple(one - effect / arrives for one, effect in zip(said, effects, strict=True))
+        row = ReferenceRow(
+            token_ids=TOKENS, positions=tuple(places), logprobs=said, base_logprobs=base
+        )
         reference = Reference(rows=(row, row), trained_as="nf4/bfloat16", held_out=True)
         write_whole(folder / REFERENCE_FILE, reference)
         write_whole(attempt / "plan.json", {"fingerprints": dict(fingerprints)})

@@ -178,6 +178,8 @@ def test_the_reference_is_what_the_saved_adapter_says(ended: Ended, tiny: Path) 
     adapted = PeftModel.from_pretrained(base, folder / "adapter").eval()
     assert list(row.logprobs) == pytest.approx(logprobs(adapted), abs=0.02)
     assert list(row.logprobs) != pytest.approx(without, abs=0.1)
+    assert row.base_logprobs is not None, "and what the model says without it"
+    assert list(row.base_logprobs) == pytest.approx(without, abs=0.02)
 
 
 def test_a_changed_file_is_found(ended: Ended, tmp_path: Path) -> None:

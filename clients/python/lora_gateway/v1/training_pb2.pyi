@@ -735,7 +735,8 @@ class GateSpec(google.protobuf.message.Message):
     """GateSpec is what an adapter must show in the engine before it is a version.
 
     Its shapes and values must be served as they are, and it must change the
-    model's answers: these two are always asked.
+    model's answers: these two are always asked. Losses and effects are of
+    held-out rows, or of rows of the dataset if none are held out.
     """
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
@@ -744,12 +745,14 @@ class GateSpec(google.protobuf.message.Message):
     MAX_LOGPROB_DELTA_FIELD_NUMBER: builtins.int
     MAX_EVAL_LOSS_RATIO_FIELD_NUMBER: builtins.int
     MAX_EVAL_LOSS_FIELD_NUMBER: builtins.int
+    MIN_EFFECT_RATIO_FIELD_NUMBER: builtins.int
     max_logprob_delta_mean: builtins.float
     """max_logprob_delta_mean is the largest mean difference, over the tokens that
     were trained on, between the log probability of the trainer and of the
     engine, in nats. Above 0. Default: 0.01 where both compute in float32 and
     nothing is quantized, 0.2 where one computes in 16 bits, 1 for an adapter
-    trained in 4 bits. One that the engine ignored would be 2 and more off.
+    trained in 4 bits. One that the engine ignores is off by what it is worth,
+    which may be less than that: `min_effect_ratio` is the limit that sees it.
     """
     max_logprob_delta: builtins.float
     """max_logprob_delta is the same for the worst token. Above 0. Default: 0.1 in
@@ -763,6 +766,14 @@ class GateSpec(google.protobuf.message.Message):
     """max_eval_loss of the version in the engine, in nats a token. Default: not
     limited.
     """
+    min_effect_ratio: builtins.float
+    """min_effect_ratio is the least quotient of the adapter's effect in the engine
+    and in the trainer: GateReport.effect_ratio. 0 to 1; 0: not limited. Default
+    0.5. Measured: below 0.05 for an adapter that the engine ignores, 0.83 and
+    more for one that it applies, also where the trainer's base model is in 4
+    bits; docs/training.md says what it cannot see. Not asked of a checkpoint
+    whose trainer did not tell its effect.
+    """
     def __init__(
         self,
         *,
@@ -770,9 +781,10 @@ class GateSpec(google.protobuf.message.Message):
         max_logprob_delta: builtins.float | None = ...,
         max_eval_loss_ratio: builtins.float | None = ...,
         max_eval_loss: builtins.float | None = ...,
+        min_effect_ratio: builtins.float | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_max_eval_loss", b"_max_eval_loss", "_max_eval_loss_ratio", b"_max_eval_loss_ratio", "_max_logprob_delta", b"_max_logprob_delta", "_max_logprob_delta_mean", b"_max_logprob_delta_mean", "max_eval_loss", b"max_eval_loss", "max_eval_loss_ratio", b"max_eval_loss_ratio", "max_logprob_delta", b"max_logprob_delta", "max_logprob_delta_mean", b"max_logprob_delta_mean"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_max_eval_loss", b"_max_eval_loss", "_max_eval_loss_ratio", b"_max_eval_loss_ratio", "_max_logprob_delta", b"_max_logprob_delta", "_max_logprob_delta_mean", b"_max_logprob_delta_mean", "max_eval_loss", b"max_eval_loss", "max_eval_loss_ratio", b"max_eval_loss_ratio", "max_logprob_delta", b"max_logprob_delta", "max_logprob_delta_mean", b"max_logprob_delta_mean"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_max_eval_loss", b"_max_eval_loss", "_max_eval_loss_ratio", b"_max_eval_loss_ratio", "_max_logprob_delta", b"_max_logprob_delta", "_max_logprob_delta_mean", b"_max_logprob_delta_mean", "_min_effect_ratio", b"_min_effect_ratio", "max_eval_loss", b"max_eval_loss", "max_eval_loss_ratio", b"max_eval_loss_ratio", "max_logprob_delta", b"max_logprob_delta", "max_logprob_delta_mean", b"max_logprob_delta_mean", "min_effect_ratio", b"min_effect_ratio"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_max_eval_loss", b"_max_eval_loss", "_max_eval_loss_ratio", b"_max_eval_loss_ratio", "_max_logprob_delta", b"_max_logprob_delta", "_max_logprob_delta_mean", b"_max_logprob_delta_mean", "_min_effect_ratio", b"_min_effect_ratio", "max_eval_loss", b"max_eval_loss", "max_eval_loss_ratio", b"max_eval_loss_ratio", "max_logprob_delta", b"max_logprob_delta", "max_logprob_delta_mean", b"max_logprob_delta_mean", "min_effect_ratio", b"min_effect_ratio"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_max_eval_loss", b"_max_eval_loss"]) -> typing.Literal["max_eval_loss"] | None: ...
     @typing.overload
@@ -781,6 +793,8 @@ class GateSpec(google.protobuf.message.Message):
     def WhichOneof(self, oneof_group: typing.Literal["_max_logprob_delta", b"_max_logprob_delta"]) -> typing.Literal["max_logprob_delta"] | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_max_logprob_delta_mean", b"_max_logprob_delta_mean"]) -> typing.Literal["max_logprob_delta_mean"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_min_effect_ratio", b"_min_effect_ratio"]) -> typing.Literal["min_effect_ratio"] | None: ...
 
 Global___GateSpec: typing_extensions.TypeAlias = GateSpec
 
@@ -1728,6 +1742,8 @@ class GateReport(google.protobuf.message.Message):
     LIMITS_FIELD_NUMBER: builtins.int
     TRAINED_AS_FIELD_NUMBER: builtins.int
     SERVED_AS_FIELD_NUMBER: builtins.int
+    TRAINED_EFFECT_MEAN_FIELD_NUMBER: builtins.int
+    EFFECT_RATIO_FIELD_NUMBER: builtins.int
     rows: builtins.int
     """rows that were scored."""
     tokens: builtins.int
@@ -1750,6 +1766,16 @@ class GateReport(google.protobuf.message.Message):
     """trained_as says what the trainer computed in, for example `nf4/bfloat16`."""
     served_as: builtins.str
     """served_as says what the engine computes in, for example `bfloat16`."""
+    trained_effect_mean: builtins.float
+    """trained_effect_mean is the mean absolute difference between the log
+    probabilities with the adapter and without it in the trainer, in nats a
+    token. Unset: a release that did not measure it saved the checkpoint.
+    """
+    effect_ratio: builtins.float
+    """effect_ratio is effect_mean / trained_effect_mean: how much of the adapter
+    arrives in the engine. About 1 where all of it is applied, 0 where none is.
+    Unset: trained_effect_mean is, or it is 0.
+    """
     @property
     def limits(self) -> Global___GateSpec:
         """limits that were applied, every field set that limits."""
@@ -1767,9 +1793,15 @@ class GateReport(google.protobuf.message.Message):
         limits: Global___GateSpec | None = ...,
         trained_as: builtins.str = ...,
         served_as: builtins.str = ...,
+        trained_effect_mean: builtins.float | None = ...,
+        effect_ratio: builtins.float | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["limits", b"limits"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["base_eval_loss", b"base_eval_loss", "effect_mean", b"effect_mean", "eval_loss", b"eval_loss", "limits", b"limits", "logprob_delta_max", b"logprob_delta_max", "logprob_delta_mean", b"logprob_delta_mean", "rows", b"rows", "served_as", b"served_as", "tokens", b"tokens", "trained_as", b"trained_as"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_effect_ratio", b"_effect_ratio", "_trained_effect_mean", b"_trained_effect_mean", "effect_ratio", b"effect_ratio", "limits", b"limits", "trained_effect_mean", b"trained_effect_mean"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_effect_ratio", b"_effect_ratio", "_trained_effect_mean", b"_trained_effect_mean", "base_eval_loss", b"base_eval_loss", "effect_mean", b"effect_mean", "effect_ratio", b"effect_ratio", "eval_loss", b"eval_loss", "limits", b"limits", "logprob_delta_max", b"logprob_delta_max", "logprob_delta_mean", b"logprob_delta_mean", "rows", b"rows", "served_as", b"served_as", "tokens", b"tokens", "trained_as", b"trained_as", "trained_effect_mean", b"trained_effect_mean"]) -> None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_effect_ratio", b"_effect_ratio"]) -> typing.Literal["effect_ratio"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_trained_effect_mean", b"_trained_effect_mean"]) -> typing.Literal["trained_effect_mean"] | None: ...
 
 Global___GateReport: typing_extensions.TypeAlias = GateReport
 
