@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from engine.errors import AdapterNotChecked, InvalidRequest
@@ -80,7 +80,7 @@ class CheckpointGate:
             effect_mean=measured.effect_mean,
             trained_effect_mean=measured.trained_effect_mean,
             effect_ratio=measured.effect_ratio,
-            limits=note.limits.model_dump(exclude_none=True),
+            limits=applied(note.limits),
             trained_as=reference.trained_as,
             served_as=self._served.dtype,
         )
@@ -97,6 +97,27 @@ def _read(checkpoint: Path, adapter: str) -> tuple[Reference, PublicationNote]:
             if logprobs is not None and len(row.positions) != len(logprobs):
                 raise ValueError("positions and log probabilities are not as many")
     return reference, note
+
+
+def applied(limits: GateSpec) -> Mapping[str, float]:
+    """Limits as a report has them: those that limit, by name."""
+    return limits.model_dump(exclude_none=True)
+
+
+def refusals(report: GateReport, limits: GateSpec) -> list[str]:
+    """Why what was measured of an adapter before is not good enough for these resolved limits;
+    empty if it is. Limits on what the release that measured it did not are not asked."""
+    measured = Measured(
+        rows=report.rows,
+        tokens=report.tokens,
+        logprob_delta_mean=report.logprob_delta_mean,
+        logprob_delta_max=report.logprob_delta_max,
+        eval_loss=report.eval_loss,
+        base_eval_loss=report.base_eval_loss,
+        effect_mean=report.effect_mean,
+        trained_effect_mean=report.trained_effect_mean,
+    )
+    return [fault.text for fault in faults(measured, _limits(limits))]
 
 
 def _limits(spec: GateSpec) -> Limits:

@@ -3,7 +3,8 @@
     verify -> note the limits -> create -> (copy, check, load, probe, gate) -> READY -> traffic
 
 All of it can be done again: the request id is made of the job's uid and the checkpoint's digest, so
-the second time finds the version, and traffic that a version has is left as it is.
+the second time finds the version, and traffic that a version has is left as it is. What was
+measured of a version holds; the limits are those of each time.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from engine.shelf import finished
 from gateway import metrics
 from gateway.adapter_codec import MAX_ARMS, MAX_LABELS, MAX_WEIGHT
 from gateway.checkpoint_sources import TRAIN_SCHEME, CheckpointSources
+from gateway.gating import applied, refusals
 from gateway.publication_note import PublicationNote, read_note, write_note
 from gateway.verified_checkpoint import CheckpointUnusable, VerifiedCheckpoint, open_checkpoint
 from store.job_records import JobRecord
@@ -46,7 +48,7 @@ from store.records import (
     VersionState,
 )
 from store.registry import Registry
-from trainer.events import Publication, PublicationState
+from trainer.events import GateReport, Publication, PublicationState
 from trainer.publisher import Finding
 from trainer.served import ServedModel
 from trainer.spec import GateSpec, JobSpec, LoraSpec, PublishSpec
@@ -152,7 +154,26 @@ class CatalogPublisher:
         if record.state is not VersionState.READY:
             reason = f"version {record.version} is {record.state.name}: publish it again"
             return _failed(adapter, record.version, reason)
-        return await self._serve(record, checkpoint, publish.traffic_percent)
+        report = await self._report(record, checkpoint, limits)
+        if report is not None and (reasons := refusals(report, limits)):
+            return Publication(
+                state=PublicationState.REJECTED,
+                adapter=adapter,
+                version=record.version,
+                reasons=tuple(reasons),
+                gate=report,
+            )
+        return await self._serve(record, report, publish.traffic_percent)
+
+    async def _report(
+        self, record: VersionRecord, checkpoint: Path, limits: GateSpec
+    ) -> GateReport | None:
+        """What the gate measured of a version that is READY, with these limits: they may be
+        others than those that it was measured for. None: nothing is noted of it."""
+        note = await asyncio.to_thread(read_note, checkpoint, record.adapter)
+        if note is None or note.report is None:
+            return None
+        return note.report.model_copy(update={"limits": applied(limits)})
 
     # --- from a checkpoint to a version -------------------------------------
 
@@ -222,8 +243,9 @@ class CatalogPublisher:
 
     # --- from a version to traffic ------------------------------------------
 
-    async def _serve(self, record: VersionRecord, checkpoint: Path, percent: int) -> Publication:
-        note = await asyncio.to_thread(read_note, checkpoint, record.adapter)
+    async def _serve(
+        self, record: VersionRecord, report: GateReport | None, percent: int
+    ) -> Publication:
         try:
             given = await self._give_traffic(
                 VersionKey(record.tenant, record.adapter, record.version), percent
@@ -237,7 +259,7 @@ class CatalogPublisher:
             state=PublicationState.SERVING,
             adapter=record.adapter,
             version=record.version,
-            gate=note.report if note is not None else None,
+            gate=report,
             traffic_percent=given,
         )
 

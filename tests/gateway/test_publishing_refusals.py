@@ -66,8 +66,43 @@ async def test_a_refusal_stands_until_other_limits_are_asked_for(at: Trained) ->
     loose = await at.publish(checkpoint, gate=LOOSE)
     assert (loose.state, loose.version) == (SERVING, 2)
     assert loose.gate is not None and loose.gate.limits["max_logprob_delta_mean"] == 10.0
-    tight = await at.publish(checkpoint, gate=GateSpec(max_eval_loss=0.001))
-    assert tight == loose, "the same checkpoint becomes one version"
+    assert await at.publish(checkpoint, gate=LOOSE) == loose
+    assert await at.versions() == [1, 2], "the same checkpoint becomes one version"
+
+
+async def test_stricter_limits_are_held_against_what_was_measured_and_the_version_goes_on(
+    at: Trained,
+) -> None:
+    checkpoint = at.checkpoint()
+    serving = await at.publish(checkpoint, 100)
+    assert serving.state is SERVING and serving.gate is not None
+    asked, before = len(at.shard.asked), rejections("eval_loss")
+    strict = GateSpec(max_eval_loss=0.01, max_eval_loss_ratio=0.25)
+    rejected = await at.publish(checkpoint, 50, gate=strict)
+    assert (rejected.state, rejected.version, rejected.traffic_percent) == (REJECTED, 1, 0)
+    assert len(rejected.reasons) == 2 and "max_eval_loss is 0.01" in rejected.reasons[1]
+    assert rejected.gate is not None and rejected.gate.eval_loss == serving.gate.eval_loss
+    assert rejected.gate.limits["max_eval_loss"] == 0.01
+    assert await at.publish(checkpoint, 50, gate=strict) == rejected
+
+    assert await at.library.state(1) is VersionState.READY and await at.weights() == {1: 100}
+    assert len(at.shard.asked) == asked and await at.versions() == [1]
+    assert rejections("eval_loss") == before, "what counts is what the engine was asked"
+    # Limits that it keeps within say so, and the first ones answer as before.
+    kept = await at.publish(checkpoint, gate=GateSpec(max_eval_loss=10.0))
+    assert kept.state is SERVING and kept.gate is not None
+    assert kept.gate.limits["max_eval_loss"] == 10.0
+    assert await at.publish(checkpoint, 100) == serving
+
+
+async def test_limits_are_the_callers_also_where_a_crash_came_between(tmp_path: Path) -> None:
+    async with trained(tmp_path) as at:
+        checkpoint = at.checkpoint()
+        await at.publish(checkpoint)
+    async with trained(tmp_path) as at:
+        rejected = await at.publish(checkpoint, gate=GateSpec(max_eval_loss=0.01))
+        assert (rejected.state, rejected.version) == (REJECTED, 1)
+        assert (await at.publish(checkpoint)).state is SERVING and not at.shard.asked
 
 
 async def test_limits_on_the_loss_are_the_jobs_own(at: Trained) -> None:

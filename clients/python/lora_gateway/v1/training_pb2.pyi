@@ -1698,7 +1698,9 @@ class Publication(google.protobuf.message.Message):
     adapter: builtins.str
     """adapter that it is a version of."""
     version: builtins.int
-    """version that it became; 0: none yet. A REJECTED one is FAILED in Adapters."""
+    """version that it became; 0: none yet. A REJECTED one is FAILED in Adapters,
+    unless it was READY before and stricter limits were asked for later.
+    """
     traffic_percent: builtins.int
     """traffic_percent that the version was given."""
     @property
@@ -2699,7 +2701,10 @@ class PublishCheckpointRequest(google.protobuf.message.Message):
     """adapter that it becomes a version of. Empty: as the job says."""
     @property
     def publish(self) -> Global___PublishSpec:
-        """publish as in JobSpec. Unset: as the job says, else no traffic."""
+        """publish as in JobSpec. Unset: as the job says, else no traffic. Limits that
+        its `gate` leaves unset are the defaults, also for a checkpoint that is a
+        version by more lenient ones.
+        """
 
     def __init__(
         self,

@@ -569,7 +569,12 @@ class TrainingStub(typing.Generic[_TrainingUploadDatasetType, _TrainingQueryUplo
     PublishCheckpoint: _TrainingPublishCheckpointType
     """PublishCheckpoint passes one checkpoint through the gate and makes it a
     version of an adapter. Answers when it serves, or GATE_REJECTED with the
-    report. Idempotent: the same checkpoint becomes one version.
+    report. Idempotent: the same checkpoint becomes one version of an adapter.
+    Again, it answers as the first time if the limits are the same. Other limits
+    are held against what was measured then: a version that does not keep within
+    them is answered with GATE_REJECTED too, goes on serving as it does, and
+    gets no traffic. A checkpoint that was rejected is gated anew within other
+    limits, as a version of its own.
     """
 
     GetCapabilities: _TrainingGetCapabilitiesType
@@ -839,7 +844,12 @@ class TrainingServicer(metaclass=abc.ABCMeta):
     ) -> typing.Union[lora_gateway.v1.training_pb2.PublishCheckpointResponse, collections.abc.Awaitable[lora_gateway.v1.training_pb2.PublishCheckpointResponse]]:
         """PublishCheckpoint passes one checkpoint through the gate and makes it a
         version of an adapter. Answers when it serves, or GATE_REJECTED with the
-        report. Idempotent: the same checkpoint becomes one version.
+        report. Idempotent: the same checkpoint becomes one version of an adapter.
+        Again, it answers as the first time if the limits are the same. Other limits
+        are held against what was measured then: a version that does not keep within
+        them is answered with GATE_REJECTED too, goes on serving as it does, and
+        gets no traffic. A checkpoint that was rejected is gated anew within other
+        limits, as a version of its own.
         """
 
     @abc.abstractmethod
