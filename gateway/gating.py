@@ -136,12 +136,13 @@ def _count(found: Sequence[Fault]) -> None:
 
 
 def _log(record: VersionRecord, measured: Measured, reference: Reference) -> None:
+    ratio = measured.effect_ratio
     logger.info(
         "gate of %s version %d: %d rows, %d tokens, trained as %s: log probabilities differ by "
-        "%.4g nats a token (at most %.4g), eval loss %.4g, of the base model %.4g, effect %.4g of "
-        "the trainer's %s",
+        "%.4g nats a token (at most %.4g), eval loss %.4g, of the base model %.4g, effect %.4g, "
+        "which is %s of the trainer's",
         *(record.adapter, record.version, measured.rows, measured.tokens, reference.trained_as),
         *(measured.logprob_delta_mean, measured.logprob_delta_max),
         *(measured.eval_loss, measured.base_eval_loss),
-        *(measured.effect_mean, measured.trained_effect_mean),
+        *(measured.effect_mean, "an unknown share" if ratio is None else f"{ratio:.2g}"),
     )

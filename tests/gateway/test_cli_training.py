@@ -75,7 +75,7 @@ async def test_train_goes_from_a_file_to_two_answers(
     assert shown["job"] == "support-1"
     assert "step 3/3, loss 0.6667" in result.output
     assert shown["published"] == "SERVING support@2 with 10 % of the traffic"
-    assert shown["effect"] == "0.75 nats a token"
+    assert shown["effect"] == "0.75 nats a token, 0.94 of the trainer's 0.8 (at least 0.5)"
 
     # The dataset's first question, asked of both as it was trained on.
     assert shown["prompt"] == "Where is my parcel?"

@@ -14,14 +14,14 @@ from lora_gateway.v1 import training_pb2 as pb
 from lora_gateway.v1.training_pb2_grpc import TrainingStub
 from tests.gateway.control_plane import control_plane
 from tests.gateway.promises import refused
-from tests.gateway.test_training_service import SHAPES, spec, upload
+from tests.gateway.test_training_service import BASE, spec, upload
 
 
 @pytest_asyncio.fixture
 async def stub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Any]:
     model = resolve_model("tiny", tmp_path / "models")
     async with control_plane(
-        tmp_path, monkeypatch, model=model, shapes=SHAPES, training_devices=["cpu"]
+        tmp_path, monkeypatch, model=model, modules=BASE, training_devices=["cpu"]
     ) as plane:
         yield TrainingStub(plane.gateway.channel)
 

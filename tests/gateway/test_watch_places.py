@@ -19,7 +19,7 @@ from store.job_records import EventKind, JobChange, JobEventRecord, JobRecord, N
 from store.sqlite_jobs import SqliteJobs
 from tests.gateway.control_plane import TENANT, TIMEOUT_S, Plane, control_plane
 from tests.gateway.promises import refused
-from tests.gateway.test_training_service import SHAPES, upload
+from tests.gateway.test_training_service import upload
 from trainer.journal import Journal
 
 PLACES = 3
@@ -44,6 +44,7 @@ class Watched:
         return await self.store.create_job(
             new,
             effective_spec={},
+            fingerprints={},
             publication={"state": "not_requested", "adapter": "sql"},
             request_id="",
             max_active=9,
@@ -92,7 +93,7 @@ async def test_watches_that_hold_all_their_places_keep_nobody_from_work(
     monkeypatch.setattr(control, "MAX_WATCHES", PLACES)
     monkeypatch.setattr(control, "MAX_STREAMS", 1)
     model = resolve_model("tiny", tmp_path / "models")
-    options = {"model": model, "shapes": SHAPES, "training_devices": ["cpu"]}
+    options = {"model": model, "training_devices": ["cpu"]}
     async with watched(tmp_path, monkeypatch, **options) as at:
         held = [at.watch(), at.follow_log(), at.watch_adapters()]
         await at.until_held(PLACES)
