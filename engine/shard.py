@@ -74,6 +74,9 @@ class Shard(Protocol):
     async def decode_each(self, token_ids: Sequence[int]) -> list[str]:
         """The text of each token by itself."""
 
+    async def core_load(self) -> Load:
+        """What the core has to do now, for all processes. Raises ShardUnavailable."""
+
 
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
@@ -331,7 +334,6 @@ class VllmShard:
         return int(await self.call_core("gateway_requests_of", self._client_index, lora_int_id))
 
     async def core_load(self) -> Load:
-        """What the core has to do now, for all processes. Raises ShardUnavailable."""
         return Load(*await self.call_core("gateway_load"))
 
     def declare_dead(self) -> None:

@@ -2,7 +2,7 @@
 
     worker --Unix socket--> Adapters -> catalog -> ledger -> registry
                        '--> Training ---^  |          '----> view, to all processes
-                                           '-> residency -> shard
+                                           '-> residency -> shards
 
 Owned by the host. It puts the parts together, and ends them.
 """
@@ -13,7 +13,7 @@ import asyncio
 import contextlib
 import logging
 import sqlite3
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,25 +25,27 @@ from engine.catalog import AdapterCatalog
 from engine.generation import ServedVersion, VersionKey
 from engine.intake import UPLOAD_SCHEME, Intake
 from engine.ledger import Ledger
-from engine.pool import ServedView, ShardPool
+from engine.pool import ServedView
 from engine.probe import Probe
-from engine.residency import Residency
-from engine.residents import Residents
+from engine.replication import Planner
+from engine.ring import Plan
 from engine.servability import servable_modules
 from engine.shard import VllmShard
-from gateway import adapters, metrics, training
+from gateway import adapters, training
 from gateway.adapters import Adapters
 from gateway.admission import Admission, Draining
 from gateway.arms import Arms
 from gateway.call import Principal
-from gateway.channel import Ended, Want
+from gateway.channel import Ended, Unasked, Used, Want
 from gateway.checkpoint_sources import TRAIN_SCHEME
 from gateway.evaluation import Evaluations
 from gateway.judgement import Judgement
+from gateway.planning import Planning
 from gateway.processes import Processes
 from gateway.relay import caller
 from gateway.server import HOST_SERVICES, OPTIONS
 from gateway.settings import Settings
+from gateway.shards import Shards
 from gateway.tracing import Tracing
 from gateway.training import Training
 from gateway.training_plane import TrainingPlane
@@ -96,8 +98,8 @@ class ControlPlane:
         self._training = TrainingPlane(settings, state_dir, jobs)
         self._served: ServedModel | None = None
         self._shapes: ModuleShapes = {}
-        self._residencies: dict[str, Residency] = {}
-        self._residents: list[Residents] = []
+        self._shards: Shards | None = None
+        self._planning: Planning | None = None
         self._catalog: AdapterCatalog | None = None
         self._intake: Intake | None = None
         self._server: grpc.aio.Server | None = None
@@ -116,15 +118,25 @@ class ControlPlane:
     @property
     def resident(self) -> Mapping[str, Sequence[ServedVersion]]:
         """What each shard has loaded now."""
-        return {name: residency.resident() for name, residency in self._residencies.items()}
+        assert self._shards is not None
+        return self._shards.resident
 
-    def hear(self, message: Want | Ended) -> None:
+    @property
+    def plan(self) -> Plan:
+        """How many replicas hot adapters have."""
+        assert self._planning is not None
+        return self._planning.plan
+
+    def hear(self, message: Unasked) -> None:
         """What a worker says unasked."""
+        assert self._shards is not None and self._planning is not None
         match message:
             case Want(shard, key):
-                self._residencies[shard].want(key)
+                self._shards.want(shard, key)
             case Ended(outcomes):
                 self._arms.record(outcomes)
+            case Used(tokens):
+                self._planning.record(tokens)
 
     def check_for(
         self, model_path: Path, shapes: ModuleShapes, prints: ModelFingerprints, dtype: str
@@ -161,39 +173,38 @@ class ControlPlane:
         async with self._intake.inspect_folder(adapter, folder):
             pass
 
-    def serve_on(self, shard: VllmShard) -> None:
-        """Load, probe and evaluate on this shard. Call `run` from now on."""
+    def serve_on(self, shards: Iterable[VllmShard]) -> None:
+        """Load, probe and evaluate on these shards. Call `run` from now on."""
         assert self._catalog is not None and self._served is not None
-        catalog, served = self._catalog, self._served
-        residency = Residency(
-            shard,
-            self._settings.max_cpu_loras,
-            catalog,
-            self._processes,
-            metrics.observe_load,
-            metrics.observe_resident,
+        catalog, served, settings = self._catalog, self._served, self._settings
+        places = settings.max_cpu_loras
+        self._shards = ours = Shards(
+            settings.shard_names, places, catalog, self._processes, self.view
         )
-        metrics.observe_resident(shard.name, 0)
-        residents = Residents(residency.want, shard.requests_of)
-        self._processes.add_own(shard.name, residents)
-        self._residencies[shard.name] = residency
-        self._residents.append(residents)
-        pool = ShardPool([shard], {shard.name: residents}, self.view)
-        catalog.serve_on(self._residencies, pool, Probe(shard), self._training.trials(served))
-        evaluations = Evaluations(
-            self._registry, self._sources, pool, shard, self._settings.max_num_seqs
-        )
+        pool = ours.pool
+        self._planning = Planning(Planner(places), ours, catalog, self._ledger, self._processes)
+        catalog.serve_on(ours.residencies, pool, Probe(), self._training.trials(served))
+        evaluations = Evaluations(self._registry, self._sources, pool, settings.max_num_seqs)
         servicer = self._training.serve(
-            served, self._shapes, shard, catalog, self._registry, self._admission
+            served,
+            self._shapes,
+            lambda: pool.route_to(None).shard,
+            catalog,
+            self._registry,
+            self._admission,
         )
+        for shard in shards:
+            ours.join(shard)
         self._server = self._build_server(catalog, evaluations, servicer)
 
     async def run(self) -> None:
         """Load what is wanted, watch what is guarded, sweep what is left, until closed."""
+        assert self._shards is not None and self._planning is not None
         self._running = asyncio.current_task()
         async with asyncio.TaskGroup() as tasks:
-            for residency in self._residencies.values():
-                tasks.create_task(residency.run())
+            tasks.create_task(self._shards.run())
+            if self._settings.shards > 1:
+                tasks.create_task(self._planning.run())
             tasks.create_task(self._judgement.guard())
             tasks.create_task(self._sweep())
             tasks.create_task(self._training.run())
@@ -234,8 +245,8 @@ class ControlPlane:
         if self._catalog is not None:
             await self._catalog.close()
         await self._ledger.close()
-        for residents in self._residents:
-            await residents.close()
+        if self._shards is not None:
+            await self._shards.close()
         await asyncio.to_thread(self._tracing.close)
 
     def _build_server(

@@ -124,6 +124,7 @@ class Inference(InferenceServicer):
         call.adapter = decoded.adapter or BASE_MODEL_LABEL
         call.version = 0 if route.key is None else route.key.version
         call.shard = route.shard.name
+        metrics.observe_placement(route)
         return route
 
 

@@ -17,6 +17,7 @@ from prometheus_client.registry import Collector
 
 from engine.core import LATENCY_BUCKETS_S
 from engine.gate import Reason
+from engine.pool import Route
 from gateway.call import Call
 
 UNRESOLVED_LABEL = "(none)"
@@ -59,6 +60,11 @@ client_slots_left = Gauge(
     ["shard"],
     multiprocess_mode="livemax",
 )
+_placements = Counter(
+    "gateway_placements",
+    "Requests by shard, and why they went there: planned, failover, overflow, least_loaded.",
+    ["shard", "reason"],
+)
 _adapter_load = Histogram(
     "adapter_load_seconds",
     "Loads of adapter versions into an engine, by result: ok, failed.",
@@ -78,6 +84,11 @@ _gate_rejections = Counter(
     "shape, other. One may have several.",
     ["reason"],
 )
+
+
+def observe_placement(route: Route) -> None:
+    """Count one request that was placed."""
+    _placements.labels(route.shard.name, route.reason.value).inc()
 
 
 def observe_load(shard: str, duration_s: float, ok: bool) -> None:

@@ -13,7 +13,8 @@ from collections.abc import Awaitable, Mapping
 from engine.generation import ServedVersion, VersionKey
 from engine.pool import ServedAdapter
 from engine.residents import Residents, Use
-from gateway.channel import Flush, Leave, Loaded, LoadFailed, ShowAdapter, TellUses
+from engine.ring import Plan
+from gateway.channel import Flush, FollowPlan, Leave, Loaded, LoadFailed, ShowAdapter, TellUses
 from gateway.workers import WorkerFleet
 
 logger = logging.getLogger(__name__)
@@ -38,7 +39,7 @@ class Processes:
     def show(self, tenant: str, adapter: str, served: ServedAdapter) -> Awaitable[None]:
         """Send the adapter to all at once; awaited, wait until they follow."""
         answers = self._fleet.ask(ShowAdapter(tenant, adapter, served))
-        return _followed(adapter, answers)
+        return _followed(f"the change of adapter {adapter}", answers)
 
     def loaded(self, shard: str, version: ServedVersion) -> None:
         """Tell all that it is resident."""
@@ -68,13 +69,17 @@ class Processes:
                 total[key] = Use(before.holds + use.holds, max(before.last_use_s, use.last_use_s))
         return total
 
+    async def follow(self, plan: Plan) -> None:
+        """Have all choose among these replicas; returns when they follow."""
+        await _followed("the plan", self._fleet.ask(FollowPlan(plan)))
+
     async def flush(self) -> None:
         """Have all outcomes of ended requests sent, by all that answer in time."""
         await self._fleet.ask(Flush(), ANSWER_TIMEOUT_S)
 
 
-async def _followed(adapter: str, answers: Awaitable[object]) -> None:
+async def _followed(change: str, answers: Awaitable[object]) -> None:
     try:
         await asyncio.wait_for(answers, FOLLOW_TIMEOUT_S)
     except TimeoutError:
-        logger.error("a worker does not follow the change of adapter %s", adapter)
+        logger.error("a worker does not follow %s", change)

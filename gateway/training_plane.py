@@ -10,6 +10,7 @@ Owned by the control plane, which opens, runs and closes it.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from engine.base_model import ModuleShapes
@@ -63,12 +64,12 @@ class TrainingPlane:
         self,
         served: ServedModel,
         shapes: ModuleShapes,
-        shard: Shard,
+        find_shard: Callable[[], Shard],
         catalog: AdapterCatalog,
         registry: Registry,
         admission: Admission,
     ) -> Training:
-        """The servicer, which renders on `shard` and publishes into `catalog`."""
+        """The servicer, which renders where `find_shard` says and publishes into `catalog`."""
         settings, environment = self._settings, training_environment_base()
         python = str(settings.training_python or sys.executable)
         self._preparations = preparations = Preparations(
@@ -90,7 +91,7 @@ class TrainingPlane:
             self._store,
             self._datasets,
             preparations,
-            Previews(preparations, shard),
+            Previews(preparations, find_shard),
             jobs,
             served,
             admission,

@@ -32,16 +32,19 @@ from gateway.channel import (
     Ended,
     Failed,
     Flush,
+    FollowPlan,
     HostMessage,
     Imported,
     Leave,
     Loaded,
     LoadFailed,
     Orders,
+    Question,
     Serving,
     ShardDied,
     ShowAdapter,
     TellUses,
+    Used,
     Want,
     WorkerMessage,
 )
@@ -50,6 +53,7 @@ from gateway.model_card import model_card
 from gateway.relay import Relay
 from gateway.server import ENDLESS_METHODS, HOST_PATHS, GatewayServer
 from gateway.settings import configure_logging
+from gateway.token_meter import TokenMeter
 from gateway.tracing import Tracing
 from gateway.wrap import Edge
 
@@ -96,15 +100,18 @@ class Worker:
         settings = orders.settings
         self._orders = orders
         self._channel = channel
-        self._shards = [VllmShard.attach(slot) for slot in orders.slots]
-        self._residents = {shard.name: self._residents_of(shard) for shard in self._shards}
+        self._shards = {slot.shard: VllmShard.attach(slot) for slot in orders.slots}
+        shards = self._shards.values()
+        self._residents = {shard.name: self._residents_of(shard) for shard in shards}
         for name, resident in orders.resident.items():
             self._residents[name].all_loaded(resident)
         self._view = orders.view
-        self._pool = ShardPool(self._shards, self._residents, self._view)
+        self._pool = ShardPool([*shards], self._residents, self._view, orders.shards)
+        self._pool.follow(orders.plan)
         self._admission = Admission()
         self._tracing = Tracing(settings.otlp_endpoint)
         self._reporter = Reporter(lambda outcomes: channel.send(Ended(outcomes)))
+        self._token_meter = TokenMeter(lambda tokens: channel.send(Used(tokens)))
         edge = Edge(
             self._admission,
             self._tracing,
@@ -112,8 +119,7 @@ class Worker:
             settings.default_stream_deadline_s,
             self._ended,
         )
-        info = self._shards[0].info
-        card = model_card(settings, info, orders.fingerprints, self._admission.limit)
+        card = model_card(settings, orders.model, orders.fingerprints, self._admission.limit)
         inference = Inference(self._pool, self._admission, card)
         self._relay = Relay(orders.control_address, HOST_PATHS, edge)
         self._server = GatewayServer(edge, inference, settings, self._relay)
@@ -130,6 +136,7 @@ class Worker:
     def _ended(self, call: Call, code: str, end_s: float) -> None:
         """Note how a call ended: for metrics, and for the comparison of versions."""
         metrics.record(call, code, end_s)
+        self._token_meter.count(call)
         # One that we ended ourselves, to drain for example, says nothing of its version.
         if call.version and call.cut_by is None:
             self._reporter.record(Outcome.of(call, code, end_s))
@@ -139,7 +146,7 @@ class Worker:
         self._tasks.append(asyncio.create_task(self._follow()))  # the host may ask at once
         self._server.bind(self._orders.listen, self._orders.settings)
         await self._server.start()
-        for shard in self._shards:
+        for shard in self._shards.values():
             await shard.warm_up()
         await self._server.health.serving()
 
@@ -148,7 +155,7 @@ class Worker:
 
         Raises the error of a task that failed: the host puts another worker in this one's place.
         """
-        work = (self._watch(), self._reporter.run(), _until(self._done))
+        work = (self._watch(), self._reporter.run(), self._token_meter.run(), _until(self._done))
         self._tasks += [asyncio.create_task(coroutine) for coroutine in work]
         try:
             ended, _ = await asyncio.wait(self._tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -179,10 +186,13 @@ class Worker:
                         self._done.set()
                         return
 
-    def _answer(self, ticket: int, question: ShowAdapter | Leave | TellUses | Flush) -> None:
+    def _answer(self, ticket: int, question: Question) -> None:
         match question:
             case ShowAdapter(tenant, adapter, served):
                 self._view.show(tenant, adapter, served)
+                self._channel.send(Answer(ticket))
+            case FollowPlan(plan):
+                self._pool.follow(plan)
                 self._channel.send(Answer(ticket))
             case Leave(shard, key):
                 self._residents[shard].leave(key, lambda: self._channel.send(Answer(ticket)))
@@ -194,9 +204,7 @@ class Worker:
 
     def _end_shard(self, name: str) -> None:
         self._dead_shards.add(name)
-        for shard in self._shards:
-            if shard.name == name:
-                shard.declare_dead()
+        self._shards[name].declare_dead()
         # A call may be rendering, or blocked in a write: it does not see its engine's end.
         for call in self._admission.calls:
             if call.shard == name:
@@ -222,7 +230,7 @@ class Worker:
         for residents in self._residents.values():
             await residents.close()
         await asyncio.to_thread(self._tracing.close)
-        for shard in self._shards:
+        for shard in self._shards.values():
             shard.close()
 
     async def _watch(self) -> None:
@@ -243,7 +251,7 @@ class Worker:
                     for call in self._admission.calls
                 )
             )
-            for shard in self._shards:
+            for shard in self._shards.values():
                 if shard.broken and shard.name not in self._dead_shards:
                     # vLLM's output task ended: every call would fail, and health would not tell.
                     logger.critical("cannot hear %s any more; the standby takes over", shard.name)

@@ -26,17 +26,16 @@ from gateway.channel import (
     Drain,
     Ended,
     Failed,
-    Flush,
     HostMessage,
     Imported,
-    Leave,
     Loaded,
     LoadFailed,
     Orders,
+    Question,
     Serving,
     ShardDied,
-    ShowAdapter,
-    TellUses,
+    Unasked,
+    Used,
     Want,
     WorkerMessage,
 )
@@ -154,7 +153,7 @@ class WorkerFleet:
         count: int,
         make_orders: Callable[[], Orders],
         after_death: Callable[[WorkerProcess], Awaitable[None]],
-        hear: Callable[[Want | Ended], None],
+        hear: Callable[[Unasked], None],
     ) -> None:
         """`make_orders` is asked for each worker that is put to work, and takes fresh slots;
         it may raise SlotsUsedUp. `after_death` cleans up after one that died. `hear` is told
@@ -206,9 +205,7 @@ class WorkerFleet:
             if worker.slots:
                 worker.channel.send(message)
 
-    def ask(
-        self, question: ShowAdapter | Leave | TellUses | Flush, timeout_s: float | None = None
-    ) -> Awaitable[list[Any]]:
+    def ask(self, question: Question, timeout_s: float | None = None) -> Awaitable[list[Any]]:
         """Ask every worker that has calls or will; awaited, the answers of all that lived, or
         after `timeout_s` those that have come.
 
@@ -324,7 +321,7 @@ class WorkerFleet:
                     if (question := self._questions.get(ticket)) is not None:
                         question.answer(worker, value)
                     continue
-                case Want() | Ended():
+                case Want() | Ended() | Used():
                     self._hear(message)
                     continue
             self._assign()

@@ -50,7 +50,7 @@ class RenderingShard:
 
 
 async def shown(shard: RenderingShard) -> Any:
-    previews = Previews(cast(Preparations, OneRow()), cast(Shard, shard))
+    previews = Previews(cast(Preparations, OneRow()), lambda: cast(Shard, shard))
     return await previews.preview(RECORD, Path("d"), 1, DataSpec())
 
 

@@ -23,16 +23,17 @@ from gateway.channel import (
     Loaded,
     LoadFailed,
     Orders,
+    Question,
     ShowAdapter,
     TellUses,
-    Want,
+    Unasked,
 )
 from gateway.processes import Processes
 from gateway.workers import WorkerFleet, WorkerProcess
 from store.records import Arm
 from tests.gateway.conftest import ALPHA
 from tests.gateway.outcomes import outcome
-from tests.gateway.scripted_worker import SILENT, Question, ScriptedWorker, serving_fleet
+from tests.gateway.scripted_worker import SILENT, ScriptedWorker, serving_fleet
 
 BETA = VersionKey("default", "beta", 1)
 SHARD = "shard-0"
@@ -217,7 +218,7 @@ async def test_a_worker_that_dies_has_answered_once_its_requests_are_aborted(
 async def test_outcomes_arrive_before_a_flush_returns(
     monkeypatch: pytest.MonkeyPatch, residents: Residents
 ) -> None:
-    heard: list[Want | Ended] = []
+    heard: list[Unasked] = []
 
     def script(worker: ScriptedWorker, question: Question) -> Any:
         worker.host.send(Ended([outcome(request_id=f"of-{worker.number}")]))
@@ -258,5 +259,5 @@ async def test_without_workers_nobody_is_waited_for(residents: Residents) -> Non
         assert await processes.uses(SHARD) == {}
 
 
-def outcomes_in(message: Want | Ended) -> list[Any]:
+def outcomes_in(message: Unasked) -> list[Any]:
     return list(message.outcomes) if isinstance(message, Ended) else []
