@@ -110,6 +110,10 @@ class AdapterCatalog:
     async def resume(self) -> None:
         """Go on with what the last process left undone, and sweep what it left over."""
         await self._shelf.sweep()
+        await self.go_on()
+
+    async def go_on(self) -> None:
+        """Do again what a shard that died, or the last process, left undone."""
         for record in await self._registry.versions_in(VersionState.VALIDATING):
             logger.info("goes on with the validation of %s", name_of(record))
             self._begin_work(record, self._validate(record))
@@ -386,7 +390,7 @@ class AdapterCatalog:
     def _end_work(self, name: tuple[VersionKey, VersionState], task: asyncio.Task[Refusal]) -> None:
         del self._work[name]
         if not task.cancelled() and (error := task.exception()) is not None:
-            logger.error("%s: left for the next start: %s", name[0], error)
+            logger.error("%s: left for later: %s", name[0], error)
 
     async def _surely(self, work: Coroutine[Any, Any, VersionRecord]) -> VersionRecord:
         """Do `work` to its end, also if its caller leaves."""

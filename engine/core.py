@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import signal
 import socket
 import threading
@@ -138,6 +139,8 @@ class EngineCore:
         self._listeners: EngineZmqListeners | None = listeners
         self._processes = processes
         self._next_slot = 0
+        self._tree: list[int] = []
+        """Descriptors of its processes, which stay theirs when the pids are used again."""
 
     @classmethod
     async def start(
@@ -206,6 +209,20 @@ class EngineCore:
         """File descriptors that become readable when a process of the core ends."""
         return [int(sentinel) for sentinel in self._processes.sentinels()]
 
+    def adopt(self, pids: Sequence[int]) -> None:
+        """Know these as processes of the core, those that compute for it among them."""
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                self._tree.append(os.pidfd_open(pid))
+
+    def kill(self) -> None:
+        """End all processes of the core at once, also if they are stopped."""
+        for descriptor in self._tree:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(descriptor, signal.SIGKILL)
+        for process in self._processes.processes:
+            process.kill()
+
     @property
     def slots_left(self) -> int:
         """Client slots that were never taken."""
@@ -242,12 +259,20 @@ class EngineCore:
             for sentinel in self.sentinels:
                 loop.remove_reader(sentinel)
 
+    def issued(self, slot: ClientSlot) -> bool:
+        """Whether the slot is one of this core, and not of one before it."""
+        if self._listeners is None:
+            return False
+        return self._listeners.inputs[slot.index].address == slot.input_address
+
     def exit_reason(self) -> str:
         """How the core ended, for people. Blocks for a moment; to be called when it has."""
         for process in self._processes.processes:
             process.join(1.0)  # its pipe closes a little before it can be waited for
         ended = [process for process in self._processes.processes if not process.is_alive()]
-        code = ended[0].exitcode if ended else None
+        if not ended:
+            return "it failed, and did not exit"
+        code = ended[0].exitcode
         if code is not None and code < 0:
             return f"killed by {signal.Signals(-code).name}"
         return f"exit code {code}"
@@ -260,6 +285,8 @@ class EngineCore:
         if request_stop is not None:
             with contextlib.suppress(Exception):  # a core that is gone cannot be asked
                 await asyncio.wait_for(request_stop(), STOP_TIMEOUT_S)
+        else:
+            self.kill()
         await asyncio.to_thread(self._reap, STOP_TIMEOUT_S if request_stop else 0.0)
 
     def _reap(self, timeout_s: float) -> None:
@@ -268,7 +295,10 @@ class EngineCore:
             if process.is_alive():
                 process.kill()
                 process.join()
+        self.kill()  # those that computed for it, if it could not end them
         self._processes.shutdown(timeout=0)
+        while self._tree:
+            os.close(self._tree.pop())
         if self._listeners is not None:
             self._listeners.cleanup()
             self._listeners = None  # its finalizer must not run at interpreter exit

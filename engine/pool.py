@@ -165,17 +165,21 @@ class ShardPool:
         """Spread hot adapters over this many replicas, from now on."""
         self._ring = self._ring.with_plan(plan)
 
-    def route(
-        self,
-        tenant: str,
-        adapter: str,
-        version: int | None,
-        session: str,
-        without: Collection[str] = (),
-    ) -> Route:
+    @property
+    def is_open(self) -> bool:
+        """Whether any shard is up."""
+        return bool(self._members)
+
+    def resolve(
+        self, tenant: str, adapter: str, version: int | None, session: str
+    ) -> VersionKey | None:
+        """The version that answers, as `ServedView.resolve` says; None is the base model."""
+        return self._view.resolve(tenant, adapter, version, session)
+
+    def route(self, tenant: str, adapter: str, version: int | None, session: str) -> Route:
         """Place one request. Raises AdapterNotFound, VersionNotFound, AdapterNotReady, and
         NoShardOpen."""
-        return self.route_to(self._view.resolve(tenant, adapter, version, session), without)
+        return self.route_to(self.resolve(tenant, adapter, version, session))
 
     def route_to(self, key: VersionKey | None, without: Collection[str] = ()) -> Route:
         """Place a request of a version that is known, READY or not; None is the base model.
