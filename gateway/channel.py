@@ -56,7 +56,7 @@ class Drain:
 
 @dataclass(frozen=True, slots=True)
 class ShardDied:
-    """Host: the core of this shard is gone; end what ran on it."""
+    """Host: the core of this shard is gone; end what ran on it, and send nothing there."""
 
     shard: str
 
@@ -114,7 +114,16 @@ class Flush:
     """Question: send the outcomes of all requests that have ended. Answered after them."""
 
 
-Question = ShowAdapter | FollowPlan | Leave | TellUses | Flush
+@dataclass(frozen=True, slots=True)
+class ShardUp:
+    """Question: the shard has a new core; attach to it. Answered once requests go there."""
+
+    slot: ClientSlot
+    resident: Sequence[ServedVersion]
+    """What it has loaded."""
+
+
+Question = ShowAdapter | FollowPlan | ShardUp | Leave | TellUses | Flush
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ import asyncio
 import contextlib
 import logging
 import sqlite3
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ import grpc
 
 from engine.base_model import ModelFingerprints, ModuleShapes
 from engine.catalog import AdapterCatalog
+from engine.core import ClientSlot
 from engine.generation import ServedVersion, VersionKey
 from engine.intake import UPLOAD_SCHEME, Intake
 from engine.ledger import Ledger
@@ -173,6 +174,26 @@ class ControlPlane:
         async with self._intake.inspect_folder(adapter, folder):
             pass
 
+    def lose(self, shard: str) -> None:
+        """The core is dead: nobody uses it any more, and whoever waits for it is told."""
+        if self._shards is not None:
+            self._shards.lose(shard)
+        self._processes.lose(shard)
+
+    async def prepare(self, shard: VllmShard) -> None:
+        """Load what belongs on a new core, which nobody uses yet. Raises ShardUnavailable."""
+        assert self._shards is not None
+        self._shards.join(shard)
+        await self._shards.warm(shard.name)
+
+    async def admit(self, shard: str, take_slot: Callable[[], ClientSlot]) -> None:
+        """Have all use the shard from now on, and go on with what it left undone."""
+        assert self._shards is not None and self._catalog is not None
+        self._shards.open(shard)
+        resident = self._shards.resident[shard]
+        await self._processes.admit(shard, resident, take_slot)
+        await self._catalog.go_on()
+
     def serve_on(self, shards: Iterable[VllmShard]) -> None:
         """Load, probe and evaluate on these shards. Call `run` from now on."""
         assert self._catalog is not None and self._served is not None
@@ -195,6 +216,7 @@ class ControlPlane:
         )
         for shard in shards:
             ours.join(shard)
+            ours.open(shard.name)
         self._server = self._build_server(catalog, evaluations, servicer)
 
     async def run(self) -> None:

@@ -25,7 +25,7 @@ from engine.errors import MAX_NAMES, CoreFailed
 from engine.models import resolve_model
 from engine.pool import ServedView
 from gateway.call import Principal
-from gateway.channel import Orders, ShardDied
+from gateway.channel import Orders
 from gateway.control import ControlPlane
 from gateway.keeper import ShardKeeper
 from gateway.metrics import MetricsEndpoint
@@ -71,7 +71,7 @@ class Host:
     async def run(self) -> int:
         """Serve until a signal ends it, which is exit code 0.
 
-        Raises the typed error of whatever cannot start, and CoreFailed when a core dies.
+        Raises the typed error of whatever cannot start.
         """
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -82,9 +82,7 @@ class Host:
             try:
                 await self._serve()
             except CoreFailed:
-                if self._fleet is not None and self._supervisor is not None:
-                    for name in self._supervisor.dead:
-                        self._fleet.tell(ShardDied(name))
+                if self._fleet is not None:
                     await self._fleet.drain(0.0, CORE_DEATH_GRACE_S)
                 raise
         return 0
@@ -143,20 +141,26 @@ class Host:
             await control.check(adapter, folder)  # before minutes are spent on the cores
 
         self._supervisor = supervisor = Supervisor(
-            ShardKeeper(name, options[number], partial(settings.environment_of, number))
+            ShardKeeper(
+                name,
+                options[number],
+                partial(settings.environment_of, number),
+                settings.engine_stall_timeout_s,
+            )
             for number, name in enumerate(names)
         )
-        self._watch(supervisor.watch())
         await supervisor.start(config)
         endpoint.add(ShardGauges(settings.model, lambda: supervisor.shards))
         control.serve_on(supervisor.shards)
         self._watch(control.run())
+        self._watch(supervisor.keep(control))
         for adapter, folder in settings.adapter.items():
             await control.adopt(adapter, folder)
         await control.serve()
 
         fleet.open()
         await fleet.wait_serving()
+        supervisor.settle()
         print(
             f"lora-gateway SERVING on {port.address}: {settings.model}, "
             f"adapters: {_adapter_names(control.view)}; metrics http://{endpoint.address}/metrics",

@@ -65,6 +65,27 @@ _placements = Counter(
     "Requests by shard, and why they went there: planned, failover, overflow, least_loaded.",
     ["shard", "reason"],
 )
+retries = Counter(
+    "gateway_retries",
+    "Requests that were sent to a second shard, because the first died before a token came.",
+)
+shard_up = Gauge(
+    "gateway_shard_up",
+    "Whether a shard takes requests: 1 or 0.",
+    ["shard"],
+    multiprocess_mode="livemax",
+)
+shard_restarts = Counter(
+    "gateway_shard_restarts",
+    "Starts of a core in place of one that died or stalled, or that failed to start.",
+    ["shard", "cause"],
+)
+engine_recovery = Histogram(
+    "gateway_engine_recovery_seconds",
+    "From a core's death until its shard takes requests again.",
+    ["shard"],
+    buckets=(1.0, 2.0, 5.0, 10.0, 20.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1800.0),
+)
 _adapter_load = Histogram(
     "adapter_load_seconds",
     "Loads of adapter versions into an engine, by result: ok, failed.",

@@ -8,14 +8,26 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 
+from engine.core import ClientSlot
 from engine.generation import ServedVersion, VersionKey
 from engine.pool import ServedAdapter
 from engine.residents import Residents, Use
 from engine.ring import Plan
-from gateway.channel import Flush, FollowPlan, Leave, Loaded, LoadFailed, ShowAdapter, TellUses
-from gateway.workers import WorkerFleet
+from gateway.channel import (
+    Flush,
+    FollowPlan,
+    Leave,
+    Loaded,
+    LoadFailed,
+    Question,
+    ShardDied,
+    ShardUp,
+    ShowAdapter,
+    TellUses,
+)
+from gateway.workers import WorkerFleet, WorkerProcess
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +48,32 @@ class Processes:
         """The host's own, which uses the shard for probes and evaluations."""
         self._own[shard] = residents
 
+    def drop_own(self, shard: str) -> None:
+        """The shard is gone."""
+        self._own.pop(shard, None)
+
+    def lose(self, shard: str) -> None:
+        """Tell all workers that the shard is gone."""
+        self._fleet.tell(ShardDied(shard))
+
+    async def admit(
+        self,
+        shard: str,
+        resident: Sequence[ServedVersion],
+        take_slot: Callable[[], ClientSlot],
+    ) -> None:
+        """Have all workers drive the shard, which has these versions; returns when they do."""
+        slots: list[ClientSlot] = []
+
+        def ask(worker: WorkerProcess) -> Question:
+            slots.append(take_slot())
+            worker.slots.append(slots[-1])
+            return ShardUp(slots[-1], resident)
+
+        await _followed(f"{shard}, which is up again", self._fleet.ask_each(ask))
+        for slot in slots:
+            slot.close()  # the workers have their own copies of the listeners now
+
     def show(self, tenant: str, adapter: str, served: ServedAdapter) -> Awaitable[None]:
         """Send the adapter to all at once; awaited, wait until they follow."""
         answers = self._fleet.ask(ShowAdapter(tenant, adapter, served))
@@ -43,12 +81,14 @@ class Processes:
 
     def loaded(self, shard: str, version: ServedVersion) -> None:
         """Tell all that it is resident."""
-        self._own[shard].loaded(version)
+        if (own := self._own.get(shard)) is not None:
+            own.loaded(version)
         self._fleet.tell(Loaded(shard, version))
 
     def failed(self, shard: str, key: VersionKey, reason: str) -> None:
         """Tell all that it could not be loaded."""
-        self._own[shard].failed(key, reason)
+        if (own := self._own.get(shard)) is not None:
+            own.failed(key, reason)
         self._fleet.tell(LoadFailed(shard, key, reason))
 
     async def leave(self, shard: str, key: VersionKey) -> None:
@@ -62,7 +102,8 @@ class Processes:
         """How it is used, over all that answer in time."""
         answers: list[Mapping[VersionKey, Use]]
         answers = await self._fleet.ask(TellUses(shard), ANSWER_TIMEOUT_S)
-        total = dict(self._own[shard].uses())
+        own = self._own.get(shard)
+        total = {} if own is None else dict(own.uses())
         for answer in answers:
             for key, use in answer.items():
                 before = total.get(key, Use(0, 0.0))

@@ -125,6 +125,10 @@ class Settings(BaseSettings):
         "32", description="Highest rank an adapter may have."
     )
 
+    engine_stall_timeout_s: float = Field(
+        30.0, ge=1, le=3600, description="An engine that does not answer for so long is killed."
+    )
+
     training_devices: Annotated[list[str], NoDecode] = Field(
         default_factory=list,
         description="cpu, or numbers of GPUs, that train; repeatable. Default: cpu where the "
@@ -337,6 +341,8 @@ def prepare_environment(settings: Settings, metrics_dir: Path) -> None:
         "VLLM_LOGGING_LEVEL": "ERROR",
         "VLLM_CPU_KVCACHE_SPACE": str(settings.cpu_kv_cache_gib),
         "VLLM_MAX_N_SEQUENCES": str(MAX_N),
+        # Of a core that runs already. It greets at once, or died just now and never will.
+        "VLLM_ENGINE_READY_TIMEOUT_S": "10",
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "TRANSFORMERS_VERBOSITY": "error",

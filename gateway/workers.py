@@ -82,6 +82,9 @@ TRANSITIONS: dict[WorkerState, frozenset[WorkerState]] = {
 }
 
 
+_AT_WORK = frozenset({WorkerState.ATTACHING, WorkerState.SERVING, WorkerState.DRAINING})
+
+
 class WorkerProcess:
     """One worker as the host sees it."""
 
@@ -105,6 +108,11 @@ class WorkerProcess:
         """Process id."""
         assert self._process.pid is not None
         return self._process.pid
+
+    @property
+    def at_work(self) -> bool:
+        """Whether it has got its orders: it has calls, or is about to."""
+        return self.state in _AT_WORK
 
     def move(self, state: WorkerState) -> None:
         """Go to another state. Raises ValueError for a move that is not in TRANSITIONS."""
@@ -202,7 +210,7 @@ class WorkerFleet:
     def tell(self, message: Loaded | LoadFailed | ShardDied) -> None:
         """Tell every worker that serves, is about to, or still finishes its calls."""
         for worker in self._workers:
-            if worker.slots:
+            if worker.at_work:
                 worker.channel.send(message)
 
     def ask(self, question: Question, timeout_s: float | None = None) -> Awaitable[list[Any]]:
@@ -212,11 +220,17 @@ class WorkerFleet:
         The question is sent before this returns. One that dies counts as having answered once
         what it left in the cores is aborted.
         """
-        asked = {worker for worker in self._workers if worker.slots} | self._dying
+        return self.ask_each(lambda worker: question, timeout_s)
+
+    def ask_each(
+        self, question_for: Callable[[WorkerProcess], Question], timeout_s: float | None = None
+    ) -> Awaitable[list[Any]]:
+        """The same, with a question of its own for each."""
+        at_work = {worker for worker in self._workers if worker.at_work}
         ticket = next(self._tickets)
-        self._questions[ticket] = _Question(asked)
-        for worker in asked:
-            worker.channel.send(Ask(ticket, question))
+        self._questions[ticket] = _Question(at_work | self._dying)
+        for worker in at_work:
+            worker.channel.send(Ask(ticket, question_for(worker)))
         return self._answers(ticket, timeout_s)
 
     async def _answers(self, ticket: int, timeout_s: float | None) -> list[Any]:
