@@ -58,11 +58,14 @@ class Shards:
 
     async def run(self) -> None:
         """Load what is wanted, until cancelled."""
-        async with asyncio.TaskGroup() as tasks:
-            self._tasks = tasks
-            for residency in self.residencies.values():
-                self._runs[residency.shard] = tasks.create_task(residency.run())
-            await asyncio.Event().wait()
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                self._tasks = tasks
+                for residency in self.residencies.values():
+                    self._runs[residency.shard] = tasks.create_task(residency.run())
+                await asyncio.Event().wait()
+        finally:
+            self._tasks = None  # a core may die while the gateway ends
 
     def join(self, shard: VllmShard) -> None:
         """Load adapters on this shard when they are wanted there. Nobody is sent there yet."""
