@@ -114,6 +114,7 @@ class ShardKeeper:
         except ShardUnavailable as error:
             raise CoreFailed(f"{self.name} ended as soon as it had started") from error
         self.move(KeeperState.UP)
+        self._restarts.up()
 
     async def keep(self, followers: Followers) -> None:
         """Put another core in the place of each that dies, until cancelled.
@@ -254,6 +255,7 @@ class ShardKeeper:
             # No step in between: a worker gets its slot with its orders from now on, and those
             # who have theirs get one here.
             self.move(KeeperState.UP)
+            self._restarts.up()
             await followers.admit(self.name, self.take_slot)
 
         await self._unless_dead(admit())

@@ -51,7 +51,18 @@ def test_a_shard_that_lived_for_long_begins_anew(clock: Clock) -> None:
     restarts = Restarts(clock)
     deaths(restarts, clock, 6, 1.0)
     assert restarts.breaker_open
+    restarts.up()
     clock.now_s += WITHIN_S
     assert restarts.died() == 0.0 and not restarts.breaker_open
     assert restarts.died() == 0.0
     assert restarts.died() == 1.0
+
+
+def test_long_loads_between_deaths_do_not_close_the_breaker(clock: Clock) -> None:
+    restarts = Restarts(clock)
+    deaths(restarts, clock, 3, 1.0)
+    for _ in range(5):
+        clock.now_s += 2 * WITHIN_S  # it waits, and a large model loads
+        restarts.up()
+        clock.now_s += 1.0
+        assert restarts.died() > 1.0
