@@ -187,12 +187,17 @@ demo: $(READY) ## The whole story in minutes: serve, train, canary, evaluate, pr
 	@exec $(BIN)/python examples/demo.py $(ARGS)
 
 .PHONY: bench
-bench: $(DEV_READY) ## Measure the gateway against the bare engine; many adapters; imports; training
+bench: $(DEV_READY) ## Measure the gateway against the bare engine; many adapters; imports; training; shards
 	@$(BIN)/python -m tests.bench $(ARGS)
 	@$(BIN)/python -m tests.bench.adapters
 	@$(BIN)/python -m tests.bench.imports
 	@$(BIN)/python -m tests.bench.datasets
 	@$(BIN)/python -m tests.bench.training
+	@$(MAKE) bench-ring
+
+.PHONY: bench-ring
+bench-ring: $(DEV_READY) ## Measure how adapters and their load are spread over shards
+	@$(BIN)/python -m tests.bench.ring
 
 .PHONY: clean
 clean: ## Remove environments, caches and build output; state/ stays

@@ -17,13 +17,20 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from engine.adapters import AdapterFacts
-from engine.errors import AdapterInvalid, AdapterLoadFailed, AdapterNotChecked, EngineError
+from engine.errors import (
+    AdapterInvalid,
+    AdapterLoadFailed,
+    AdapterNotChecked,
+    EngineError,
+    ShardUnavailable,
+)
 from engine.generation import ServedVersion, VersionKey
 from engine.intake import UPLOAD_SCHEME, Announced, Inspected, Intake
 from engine.ledger import Ledger
 from engine.pool import ShardPool
 from engine.probe import Probe
 from engine.residency import Place, Residency
+from engine.served import key_of, name_of, served
 from engine.shelf import Shelf, finished, to_its_end
 from engine.trial import Trial, TryOut
 from store.artifacts import ArtifactDamaged, ArtifactStore
@@ -73,6 +80,7 @@ class AdapterCatalog:
         self._uploads = uploads
         self._intake = intake
         self._residencies: Mapping[str, Residency] = {}
+        self._pool: ShardPool | None = None
         self._try_out: TryOut | None = None
         self._candidates: dict[VersionKey, ServedVersion] = {}
         """Versions that are loaded and tried before they are READY."""
@@ -93,18 +101,24 @@ class AdapterCatalog:
         probe: Probe,
         trials: Mapping[str, Trial] = {},
     ) -> None:
-        """Load and try on these shards from now on; `trials` as TryOut has them."""
+        """Load and try from now on: on the shards of `residencies`, which may come and go, as
+        the ring of `pool` says. `trials` as TryOut has them."""
         self._residencies = residencies
-        self._try_out = TryOut(self.load, pool, probe, trials)
+        self._pool = pool
+        self._try_out = TryOut(self.load_on, pool, probe, trials)
 
     async def resume(self) -> None:
         """Go on with what the last process left undone, and sweep what it left over."""
         await self._shelf.sweep()
+        await self.go_on()
+
+    async def go_on(self) -> None:
+        """Do again what a shard that died, or the last process, left undone."""
         for record in await self._registry.versions_in(VersionState.VALIDATING):
-            logger.info("goes on with the validation of %s", _name(record))
+            logger.info("goes on with the validation of %s", name_of(record))
             self._begin_work(record, self._validate(record))
         for record in await self._registry.versions_in(VersionState.DRAINING):
-            logger.info("goes on with the deletion of %s", _name(record))
+            logger.info("goes on with the deletion of %s", name_of(record))
             self._begin_work(record, self._finish_deletion(record))
 
     async def close(self) -> None:
@@ -144,7 +158,7 @@ class AdapterCatalog:
         """The version once it is READY. When it fails, raises AdapterInvalid: the kind that says
         why, unless it had failed before this was called.
         """
-        key, kind = _key(record), AdapterInvalid
+        key, kind = key_of(record), AdapterInvalid
         if (work := self._work.get((key, VersionState.VALIDATING))) is not None:
             refusal = await asyncio.shield(work)
             kind = type(refusal) if refusal is not None else kind
@@ -170,7 +184,7 @@ class AdapterCatalog:
             except AdapterInvalid as error:
                 await self._refuse(record, error)
                 raise
-        return await self._registry.version(*_key(record))
+        return await self._registry.version(*key_of(record))
 
     async def _begin_adopted(self, new: NewVersion, digest: str) -> VersionRecord:
         """The version that an earlier start was cut off with, or a new one."""
@@ -183,7 +197,7 @@ class AdapterCatalog:
 
     async def _validate(self, record: VersionRecord) -> Refusal:
         """From VALIDATING to READY or FAILED. If a shard dies, the next start goes on."""
-        record = await self._registry.version(*_key(record))
+        record = await self._registry.version(*key_of(record))
         if record.state is not VersionState.VALIDATING:
             return None  # since it was looked at
         announced = Announced(record.expected_sha256, record.fingerprints)
@@ -200,7 +214,7 @@ class AdapterCatalog:
         except ArtifactDamaged as error:
             refusal = AdapterNotChecked(record.adapter, [str(error)])
         except OSError as error:
-            logger.error("%s: %s", _name(record), error)
+            logger.error("%s: %s", name_of(record), error)
             reason = f"the gateway could not store it ({error.strerror}): create it again later"
             refusal = AdapterNotChecked(record.adapter, [reason])
         if refusal is not None:
@@ -214,24 +228,24 @@ class AdapterCatalog:
     async def _admit(self, record: VersionRecord, inspected: Inspected) -> None:
         """Keep the files, load and try the version, make it READY. Raises AdapterInvalid;
         then nothing of it is left in the store or in an engine."""
-        key, content = _key(record), inspected.content
+        key, content = key_of(record), inspected.content
         ready = False
         try:
             async with self._shelf.keeping(inspected.staged) as artifact:
-                self._candidates[key] = _served(record, content.digest, artifact.path)
+                self._candidates[key] = served(record, content.digest, artifact.path)
                 assert self._try_out is not None
                 await self._try_out.run(record)
                 await finished(self._ledger.complete(key, content, actor=GATEWAY))
             ready = True
-            logger.info("%s is READY: rank %d", _name(record), content.rank)
+            logger.info("%s is READY: rank %d", name_of(record), content.rank)
         finally:
             self._candidates.pop(key, None)
             if not ready:
                 await asyncio.shield(self._forget(key, content.digest))
 
     async def _refuse(self, record: VersionRecord, refusal: AdapterInvalid) -> None:
-        await self._ledger.fail(_key(record), refusal.findings, actor=GATEWAY)
-        logger.warning("%s FAILED: %s", _name(record), "; ".join(refusal.findings))
+        await self._ledger.fail(key_of(record), refusal.findings, actor=GATEWAY)
+        logger.warning("%s FAILED: %s", name_of(record), "; ".join(refusal.findings))
 
     # --- from READY to the end ----------------------------------------------
 
@@ -251,14 +265,14 @@ class AdapterCatalog:
         return await self._registry.version(*key)
 
     async def _finish_deletion(self, record: VersionRecord) -> None:
-        key = _key(record)
+        key = key_of(record)
         if (validation := self._work.get((key, VersionState.VALIDATING))) is not None:
             await asyncio.wait((validation,))  # READY, and still putting things away
         await self.unload(key)
         await self._ledger.delete(key, actor=GATEWAY)
         if record.content is not None:
             await self._forget(key, record.content.digest)
-        logger.info("%s is DELETED", _name(record))
+        logger.info("%s is DELETED", name_of(record))
 
     async def _forget(self, key: VersionKey, digest: str) -> None:
         """Out of all engines; and its files are removed if no other version has them."""
@@ -301,12 +315,23 @@ class AdapterCatalog:
     # --- engines ------------------------------------------------------------
 
     async def load(self, key: VersionKey) -> None:
-        """Load a version on its shards. Raises AdapterLoadFailed, ShardUnavailable."""
-        for residency in self._residencies.values():
-            await residency.ensure(key)
+        """Load a version on the shards that the ring names for its adapter.
+
+        Raises AdapterLoadFailed, ShardUnavailable.
+        """
+        assert self._pool is not None
+        for route in self._pool.homes(key):
+            await self.load_on(key, route.shard.name)
+
+    async def load_on(self, key: VersionKey, shard: str) -> None:
+        """Load a version on this shard. Raises AdapterLoadFailed, ShardUnavailable."""
+        residency = self._residencies.get(shard)
+        if residency is None:
+            raise ShardUnavailable(shard)
+        await residency.ensure(key)
 
     async def unload(self, key: VersionKey) -> None:
-        """Take a version out of its shards, once nothing runs on it there."""
+        """Take a version out of all shards, once nothing runs on it there."""
         await asyncio.gather(*(r.remove(key) for r in self._residencies.values()))
 
     def places(self, key: VersionKey) -> dict[str, Place]:
@@ -325,7 +350,7 @@ class AdapterCatalog:
             artifact = await self._shelf.verified(record.content.digest)
         except ArtifactDamaged as error:
             raise AdapterLoadFailed(key.adapter, key.version, str(error)) from error
-        return _served(record, record.content.digest, artifact.path)
+        return served(record, record.content.digest, artifact.path)
 
     async def with_new_id(self, version: ServedVersion) -> ServedVersion:
         """The same version under an id that no engine has seen."""
@@ -339,7 +364,7 @@ class AdapterCatalog:
         self, record: VersionRecord, work: Coroutine[Any, Any, Refusal]
     ) -> asyncio.Task[Refusal]:
         """Run a validation or deletion, once at a time for each version."""
-        name = _key(record), record.state
+        name = key_of(record), record.state
         if name in self._work:
             work.close()
             return self._work[name]
@@ -355,7 +380,7 @@ class AdapterCatalog:
         except EngineError:
             raise
         except Exception:
-            logger.exception("%s: unexpected", _name(record))
+            logger.exception("%s: unexpected", name_of(record))
             if record.state is not VersionState.VALIDATING:
                 raise
             refusal = AdapterNotChecked(record.adapter, [INTERNAL_FINDING])
@@ -365,7 +390,7 @@ class AdapterCatalog:
     def _end_work(self, name: tuple[VersionKey, VersionState], task: asyncio.Task[Refusal]) -> None:
         del self._work[name]
         if not task.cancelled() and (error := task.exception()) is not None:
-            logger.error("%s: left for the next start: %s", name[0], error)
+            logger.error("%s: left for later: %s", name[0], error)
 
     async def _surely(self, work: Coroutine[Any, Any, VersionRecord]) -> VersionRecord:
         """Do `work` to its end, also if its caller leaves."""
@@ -373,22 +398,3 @@ class AdapterCatalog:
         self._begun.add(task)
         task.add_done_callback(self._begun.discard)
         return await asyncio.shield(task)
-
-
-def _key(record: VersionRecord) -> VersionKey:
-    return VersionKey(record.tenant, record.adapter, record.version)
-
-
-def _name(record: VersionRecord) -> str:
-    return f"adapter {record.adapter} version {record.version}"
-
-
-def _served(record: VersionRecord, digest: str, path: Path) -> ServedVersion:
-    return ServedVersion(
-        tenant=record.tenant,
-        adapter=record.adapter,
-        version=record.version,
-        lora_int_id=record.lora_int_id,
-        path=str(path),
-        digest=digest,
-    )

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import multiprocessing
+import os
 import signal
 import socket
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from engine.errors import CoreFailed, SlotsUsedUp
 from engine.signals import group_signals_blocked
@@ -25,12 +26,16 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.engine.utils import CoreEngineProcManager, EngineZmqListeners
 
-CORE_PROCESS_NAME = "EngineCore"
-"""vLLM's name of the process (vllm/v1/engine/utils.py:280)."""
 CLIENT_SLOTS = 64
 """Slots bound per core: one for the host, one for each worker that ever lives."""
 STOP_TIMEOUT_S = 15.0
 """How long a core gets to free its devices before it is killed."""
+
+
+Environment: TypeAlias = Callable[[], contextlib.AbstractContextManager[None]]
+"""Opened around the start of a process, which inherits what it sets."""
+_SPAWNING = threading.Lock()
+"""Held while a core's process is started: the environment is one for all that start."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +53,8 @@ class EngineOptions:
     max_cpu_loras: int
     max_lora_rank: int
     otlp_endpoint: str | None = None
+    device_ids: Sequence[int] = ()
+    """GPUs of its own, over which it is spread; none on a CPU."""
 
     def build_config(self) -> VllmConfig:
         """The full vLLM configuration. Raises CoreFailed when vLLM refuses it."""
@@ -65,6 +72,8 @@ class EngineOptions:
             max_loras=self.max_loras,
             max_cpu_loras=self.max_cpu_loras,
             max_lora_rank=self.max_lora_rank,  # type: ignore[arg-type]  # one of vLLM's literals
+            device_ids=[*self.device_ids] or None,
+            tensor_parallel_size=len(self.device_ids) or 1,
             otlp_traces_endpoint=self.otlp_endpoint,
             use_tqdm_on_load=False,
             # vLLM's histograms begin at 0.3 s, too coarse for queue times.
@@ -76,6 +85,9 @@ class EngineOptions:
             reason = str(error).strip().splitlines()
             raise CoreFailed(f"vLLM refuses this model or these flags: {reason[-1]}") from error
 
+
+EngineConfig: TypeAlias = "VllmConfig"
+"""What `EngineOptions.build_config` builds, for those who do not look into it."""
 
 LATENCY_BUCKETS_S = (
     *(0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.3, 0.5),
@@ -127,28 +139,41 @@ class EngineCore:
         self._listeners: EngineZmqListeners | None = listeners
         self._processes = processes
         self._next_slot = 0
+        self._tree: list[int] = []
+        """Descriptors of its processes, which stay theirs when the pids are used again."""
 
     @classmethod
-    async def start(cls, name: str, config: VllmConfig) -> EngineCore:
-        """Start a core and wait until its model is loaded.
+    async def start(
+        cls, name: str, config: VllmConfig, environment: Environment = contextlib.nullcontext
+    ) -> EngineCore:
+        """Start a core, in this environment, and wait until its model is loaded.
 
         Raises CoreFailed if the process ends while loading. Cancelled, it ends the process.
         """
-        starting = asyncio.ensure_future(asyncio.to_thread(cls._start, name, config))
+        spawned: list[CoreEngineProcManager] = []
+        starting = asyncio.ensure_future(
+            asyncio.to_thread(cls._start, name, config, environment, spawned)
+        )
         try:
             return await asyncio.shield(starting)
         except asyncio.CancelledError:
             while not starting.done():  # vLLM's start waits in a thread, and cannot be told
-                for child in multiprocessing.active_children():
-                    if child.name == CORE_PROCESS_NAME:
-                        child.kill()
+                for processes in spawned:
+                    for process in processes.processes:
+                        process.kill()
                 await asyncio.wait({starting}, timeout=0.2)
             if starting.exception() is None:
                 await starting.result().stop()
             raise
 
     @classmethod
-    def _start(cls, name: str, config: VllmConfig) -> EngineCore:
+    def _start(
+        cls,
+        name: str,
+        config: VllmConfig,
+        environment: Environment,
+        spawned: list[CoreEngineProcManager],
+    ) -> EngineCore:
         from vllm.v1.engine.utils import (
             CoreEngineProcManager,
             bind_engine_zmq_listeners,
@@ -157,20 +182,21 @@ class EngineCore:
         from vllm.v1.executor import Executor
 
         listeners = bind_engine_zmq_listeners(config, CLIENT_SLOTS)
+        launching = launch_core_engines(
+            config, Executor.get_class(config), True, listeners.addresses
+        )
         try:
-            with (
-                group_signals_blocked(),
-                launch_core_engines(
-                    config, Executor.get_class(config), True, listeners.addresses
-                ) as launch,
-            ):
-                pass  # leaving the context waits for the core to be ready
+            with contextlib.ExitStack() as started:
+                with _SPAWNING, environment(), group_signals_blocked():
+                    launch = started.enter_context(launching)
+                assert isinstance(launch.engine_manager, CoreEngineProcManager)
+                spawned.append(launch.engine_manager)
+                # Leaving this context waits for the core to be ready.
         except RuntimeError as error:
             listeners.cleanup()
             raise CoreFailed(
                 f"{name} did not start; the cause stands in the log lines above"
             ) from error
-        assert isinstance(launch.engine_manager, CoreEngineProcManager)
         return cls(name, config, listeners, launch.engine_manager)
 
     @property
@@ -182,6 +208,20 @@ class EngineCore:
     def sentinels(self) -> list[int]:
         """File descriptors that become readable when a process of the core ends."""
         return [int(sentinel) for sentinel in self._processes.sentinels()]
+
+    def adopt(self, pids: Sequence[int]) -> None:
+        """Know these as processes of the core, those that compute for it among them."""
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                self._tree.append(os.pidfd_open(pid))
+
+    def kill(self) -> None:
+        """End all processes of the core at once, also if they are stopped."""
+        for descriptor in self._tree:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(descriptor, signal.SIGKILL)
+        for process in self._processes.processes:
+            process.kill()
 
     @property
     def slots_left(self) -> int:
@@ -207,12 +247,32 @@ class EngineCore:
             config=self.config,
         )
 
+    async def ended(self) -> None:
+        """Wait until a process of the core ends."""
+        ended = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for sentinel in self.sentinels:
+            loop.add_reader(sentinel, ended.set)
+        try:
+            await ended.wait()
+        finally:
+            for sentinel in self.sentinels:
+                loop.remove_reader(sentinel)
+
+    def issued(self, slot: ClientSlot) -> bool:
+        """Whether the slot is one of this core, and not of one before it."""
+        if self._listeners is None:
+            return False
+        return self._listeners.inputs[slot.index].address == slot.input_address
+
     def exit_reason(self) -> str:
         """How the core ended, for people. Blocks for a moment; to be called when it has."""
         for process in self._processes.processes:
             process.join(1.0)  # its pipe closes a little before it can be waited for
         ended = [process for process in self._processes.processes if not process.is_alive()]
-        code = ended[0].exitcode if ended else None
+        if not ended:
+            return "it failed, and did not exit"
+        code = ended[0].exitcode
         if code is not None and code < 0:
             return f"killed by {signal.Signals(-code).name}"
         return f"exit code {code}"
@@ -225,6 +285,8 @@ class EngineCore:
         if request_stop is not None:
             with contextlib.suppress(Exception):  # a core that is gone cannot be asked
                 await asyncio.wait_for(request_stop(), STOP_TIMEOUT_S)
+        else:
+            self.kill()
         await asyncio.to_thread(self._reap, STOP_TIMEOUT_S if request_stop else 0.0)
 
     def _reap(self, timeout_s: float) -> None:
@@ -233,7 +295,10 @@ class EngineCore:
             if process.is_alive():
                 process.kill()
                 process.join()
+        self.kill()  # those that computed for it, if it could not end them
         self._processes.shutdown(timeout=0)
+        while self._tree:
+            os.close(self._tree.pop())
         if self._listeners is not None:
             self._listeners.cleanup()
             self._listeners = None  # its finalizer must not run at interpreter exit

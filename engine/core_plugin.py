@@ -49,8 +49,9 @@ def register() -> None:
         _mend_cpu_kernels()
 
 
-def gateway_adopt(self: Any, host_pid: int) -> int:
-    """Tie this core to its host: it ends when the host is gone. Returns the core's pid.
+def gateway_adopt(self: Any, host_pid: int) -> list[int]:
+    """Tie this core to its host: it ends when the host is gone. Returns the pids of the core and
+    of the processes that compute for it.
 
     vLLM 0.32 leaves an engine core running when its parent is SIGKILLed (vllm#55510).
     """
@@ -63,7 +64,7 @@ def gateway_adopt(self: Any, host_pid: int) -> int:
         os._exit(1)
 
     threading.Thread(target=watch, name="gateway-parent-watch", daemon=True).start()
-    return os.getpid()
+    return [os.getpid(), *(child.pid or 0 for child in multiprocessing.active_children())]
 
 
 def gateway_abort_client(self: Any, client_index: int) -> int:

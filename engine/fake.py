@@ -16,6 +16,7 @@ from engine.generation import (
     Delta,
     FinishReason,
     GenerationRequest,
+    Load,
     Output,
     Prompt,
     ServedVersion,
@@ -61,6 +62,9 @@ class FakeShard:
 
     async def decode_each(self, token_ids: Sequence[int]) -> list[str]:
         return [f"{token_id} " for token_id in token_ids]
+
+    async def core_load(self) -> Load:
+        return Load(len(self.running), 0, 0, 0.0)
 
     async def generate(
         self, request: GenerationRequest, prompt: RenderedPrompt, version: ServedVersion | None

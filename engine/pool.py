@@ -1,19 +1,22 @@
 """The pool: which version answers a request, on which shard.
 
-Holds the view of adapters that the host pushes, and resolves a name in it: the version that the
-caller asks for, else the one that the traffic split picks. With several shards the ring will
-choose here; a request is placed once and stays.
+    name -> version: what the caller asks for, else what the traffic split picks
+    version -> shard: the ring's choice for the adapter, by what this process has in flight
+
+Holds the view of adapters that the host pushes, and the ring, which knows the shards that are up
+and the adapters that have several. A request is placed once and stays.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 
 from engine.errors import AdapterNotFound, AdapterNotReady, VersionNotFound
 from engine.generation import ServedVersion, VersionKey
 from engine.residents import Resident, Residents
+from engine.ring import AdapterKey, NoShardOpen, Plan, Reason, Ring, ShardState
 from engine.shard import Shard
 from engine.split import Split
 
@@ -62,20 +65,29 @@ class ServedView:
 
 
 class Lease:
-    """A version that stays loaded while a request runs on it: an async context manager."""
+    """A place on a shard, and a version that stays loaded there, while a request runs: an async
+    context manager. The shard counts as busier for as long."""
 
-    __slots__ = ("_key", "_resident", "_residents")
+    __slots__ = ("_resident", "_route")
 
-    def __init__(self, residents: Residents, key: VersionKey | None) -> None:
-        self._residents = residents
-        self._key = key
+    def __init__(self, route: Route) -> None:
+        self._route = route
         self._resident: Resident | None = None
 
     async def __aenter__(self) -> ServedVersion | None:
-        """Waits while the version is loaded; None is the base model. Raises AdapterLoadFailed."""
-        if self._key is None:
+        """Waits while the version is loaded; None is the base model.
+
+        Raises AdapterLoadFailed, and ShardUnavailable if the shard dies meanwhile.
+        """
+        route = self._route
+        route.in_flight[route.shard.name] += 1  # also while it waits, or all would come here
+        if route.key is None:
             return None
-        self._resident = await self._residents.hold(self._key)
+        try:
+            self._resident = await route.residents.hold(route.key)
+        except BaseException:
+            route.in_flight[route.shard.name] -= 1
+            raise
         return self._resident.version
 
     async def __aexit__(
@@ -84,8 +96,9 @@ class Lease:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        self._route.in_flight[self._route.shard.name] -= 1
         if self._resident is not None:
-            self._residents.release(self._resident)
+            self._route.residents.release(self._resident)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,31 +108,99 @@ class Route:
     shard: Shard
     key: VersionKey | None
     """The adapter version; None is the base model."""
-    _residents: Residents
+    reason: Reason
+    """Why this shard."""
+    residents: Residents
+    """What the shard has loaded."""
+    in_flight: dict[str, int]
+    """Requests of this process by shard, which a lease counts."""
 
     def lease(self) -> Lease:
         """The version, loaded on the shard for as long as the lease lasts."""
-        return Lease(self._residents, self.key)
+        return Lease(self)
+
+    def to(self, key: VersionKey | None) -> Route:
+        """Another version on the same shard."""
+        return replace(self, key=key)
 
 
 class ShardPool:
     """The shards of one process, and what they may be asked for."""
 
     def __init__(
-        self, shards: Sequence[Shard], residents: Mapping[str, Residents], view: ServedView
+        self,
+        shards: Sequence[Shard],
+        residents: Mapping[str, Residents],
+        view: ServedView,
+        names: Iterable[str] = (),
     ) -> None:
-        """`residents` by shard name. The pool keeps `view`, which its owner changes."""
-        if not shards:
+        """`residents` by shard name. `names` are those of shards that may join later, too. The
+        pool keeps `view`, which its owner changes."""
+        known = {*names, *(shard.name for shard in shards)}
+        if not known:
             raise ValueError("a pool needs a shard")
-        self._shards = shards
-        self._residents = residents
         self._view = view
+        self._ring = Ring(dict.fromkeys(known, ShardState.DOWN))
+        self._in_flight = dict.fromkeys(known, 0)
+        self._members: dict[str, tuple[Shard, Residents]] = {}
+        for shard in shards:
+            self.join(shard, residents[shard.name])
+
+    @property
+    def ring(self) -> Ring:
+        """The ring as it is now."""
+        return self._ring
+
+    def join(self, shard: Shard, residents: Residents) -> None:
+        """Place requests on this shard too, from now on. Raises KeyError for an unknown name."""
+        self._ring = self._ring.with_state(shard.name, ShardState.UP)
+        self._members[shard.name] = shard, residents
+
+    def leave(self, shard: str) -> None:
+        """Place nothing on this shard any more; what is placed there stays."""
+        self._ring = self._ring.with_state(shard, ShardState.DOWN)
+        self._members.pop(shard, None)
+
+    def follow(self, plan: Plan) -> None:
+        """Spread hot adapters over this many replicas, from now on."""
+        self._ring = self._ring.with_plan(plan)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether any shard is up."""
+        return bool(self._members)
+
+    def resolve(
+        self, tenant: str, adapter: str, version: int | None, session: str
+    ) -> VersionKey | None:
+        """The version that answers, as `ServedView.resolve` says; None is the base model."""
+        return self._view.resolve(tenant, adapter, version, session)
 
     def route(self, tenant: str, adapter: str, version: int | None, session: str) -> Route:
-        """Place one request. Raises AdapterNotFound, VersionNotFound or AdapterNotReady."""
-        return self.route_to(self._view.resolve(tenant, adapter, version, session))
+        """Place one request. Raises AdapterNotFound, VersionNotFound, AdapterNotReady, and
+        NoShardOpen."""
+        return self.route_to(self.resolve(tenant, adapter, version, session))
 
-    def route_to(self, key: VersionKey | None) -> Route:
-        """Place a request of a version that is known, READY or not; None is the base model."""
-        shard = self._shards[0]
-        return Route(shard, key, self._residents[shard.name])
+    def route_to(self, key: VersionKey | None, without: Collection[str] = ()) -> Route:
+        """Place a request of a version that is known, READY or not; None is the base model.
+
+        On none of the shards `without`, which were tried. Raises NoShardOpen.
+        """
+        adapter = None if key is None else AdapterKey(key.tenant, key.adapter)
+        choice = self._ring.choose(adapter, self._in_flight, without)
+        return self._at(choice.shard, key, choice.reason)
+
+    def homes(self, key: VersionKey) -> list[Route]:
+        """The shards that should have the version loaded, the first to be asked first.
+
+        Raises NoShardOpen.
+        """
+        adapter = AdapterKey(key.tenant, key.adapter)
+        names = self._ring.replicas(adapter)
+        if not names:
+            raise NoShardOpen(self._ring.ranked(adapter)[0])
+        return [self._at(name, key, Reason.PLANNED) for name in names]
+
+    def _at(self, name: str, key: VersionKey | None, reason: Reason) -> Route:
+        shard, residents = self._members[name]
+        return Route(shard, key, reason, residents, self._in_flight)

@@ -194,6 +194,18 @@ class Residency:
             for wanted in self._wanted.values():
                 wanted.cancel()
 
+    def lose(self) -> None:
+        """The engine is gone, and all that it had loaded. `run` is to be cancelled after this."""
+        self._ended = True
+        for leaving in self._leaving.values():
+            if not leaving.removed.done():
+                leaving.removed.set_result(None)
+        for wanted in self._wanted.values():
+            if not wanted.done():
+                wanted.set_exception(ShardUnavailable(self.shard))
+        self._wanted.clear()
+        self._places.clear()
+
     def _enqueue(self, key: VersionKey) -> asyncio.Future[ServedVersion]:
         wanted = self._wanted.get(key)
         if wanted is None:

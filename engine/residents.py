@@ -16,7 +16,7 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from engine.errors import AdapterLoadFailed
+from engine.errors import AdapterLoadFailed, ShardUnavailable
 from engine.generation import ServedVersion, VersionKey
 
 logger = logging.getLogger(__name__)
@@ -64,7 +64,7 @@ class Residents:
     async def hold(self, key: VersionKey) -> Resident:
         """Hold a version, and give it back with `release`. Waits while it is loaded.
 
-        Raises AdapterLoadFailed.
+        Raises AdapterLoadFailed, and ShardUnavailable if the shard dies meanwhile.
         """
         resident = self._residents.get(key)
         if resident is not None:
@@ -109,6 +109,14 @@ class Residents:
         for future in self._waiting.pop(key, ()):
             if not future.done():
                 future.set_exception(AdapterLoadFailed(key.adapter, key.version, reason))
+
+    def lose(self, shard: str) -> None:
+        """Host: this shard is gone. Whoever waits is told with ShardUnavailable."""
+        waiting, self._waiting = self._waiting, {}
+        self._residents.clear()
+        for future in (future for futures in waiting.values() for future in futures):
+            if not future.done():
+                future.set_exception(ShardUnavailable(shard))
 
     def leave(self, key: VersionKey, left: Callable[[], None]) -> None:
         """Host: hand this version out no more, and call `left` when nothing of this process

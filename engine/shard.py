@@ -31,6 +31,7 @@ from engine.generation import (
     Prompt,
     ServedVersion,
 )
+from engine.liveness import Liveness
 from engine.output import to_output
 from engine.rendering import PromptRenderer, RenderedPrompt
 from engine.sampling import build_params
@@ -45,8 +46,7 @@ if TYPE_CHECKING:
     from engine.core import ClientSlot
 
 UTILITY_TIMEOUT_S = 60.0
-"""Deadline of add_lora and other calls into a core. vLLM itself would wait for ever for one
-that died (vllm/v1/engine/core_client.py:1279)."""
+"""Deadline of add_lora and other calls into a core."""
 
 
 class Shard(Protocol):
@@ -74,6 +74,9 @@ class Shard(Protocol):
     async def decode_each(self, token_ids: Sequence[int]) -> list[str]:
         """The text of each token by itself."""
 
+    async def core_load(self) -> Load:
+        """What the core has to do now, for all processes. Raises ShardUnavailable."""
+
 
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
@@ -95,6 +98,7 @@ class VllmShard:
         self._engine = engine
         self._name = name
         self._client_index = client_index
+        self._liveness = Liveness(name)
         self._removals: set[asyncio.Task[bool]] = set()
         self._renderer = PromptRenderer(engine.renderer, engine.vllm_config)
         self._max_model_len = int(engine.model_config.max_model_len)
@@ -276,18 +280,15 @@ class VllmShard:
         """
         lora = _lora_request(version)
         assert lora is not None
-        from vllm.v1.engine.exceptions import EngineDeadError
-
         try:
-            await asyncio.wait_for(self._engine.add_lora(lora), UTILITY_TIMEOUT_S)
-        except TimeoutError as error:
-            # It may succeed yet, and nobody would know of it. The core does this after it.
-            removal = asyncio.create_task(self._engine.remove_lora(version.lora_int_id))
-            self._removals.add(removal)
-            removal.add_done_callback(self._forget_removal)
-            raise ShardUnavailable(self._name) from error
-        except EngineDeadError as error:
-            raise ShardUnavailable(self._name) from error
+            await self._liveness.answer(self._engine.add_lora(lora), UTILITY_TIMEOUT_S)
+        except ShardUnavailable:
+            if not self._liveness.dead:
+                # It may succeed yet, and nobody would know of it. The core does this after it.
+                removal = asyncio.create_task(self._engine.remove_lora(version.lora_int_id))
+                self._removals.add(removal)
+                removal.add_done_callback(self._forget_removal)
+            raise
         except Exception as error:  # the type is lost on the way from the core (core.py:1736)
             if self.broken:
                 raise ShardUnavailable(self._name) from error
@@ -305,22 +306,15 @@ class VllmShard:
 
         Raises ShardUnavailable.
         """
-        from vllm.v1.engine.exceptions import EngineDeadError
+        removal = self._engine.remove_lora(version.lora_int_id)
+        await self._liveness.answer(removal, UTILITY_TIMEOUT_S)
 
-        try:
-            await asyncio.wait_for(self._engine.remove_lora(version.lora_int_id), UTILITY_TIMEOUT_S)
-        except (TimeoutError, EngineDeadError) as error:
-            raise ShardUnavailable(self._name) from error
-
-    async def call_core(self, utility: str, *arguments: int) -> Any:
+    async def call_core(
+        self, utility: str, *arguments: int, timeout_s: float = UTILITY_TIMEOUT_S
+    ) -> Any:
         """Call a utility of `engine/core_plugin.py` in the core. Raises ShardUnavailable."""
-        from vllm.v1.engine.exceptions import EngineDeadError
-
         call = self._engine.engine_core.call_utility_async(utility, *arguments)
-        try:
-            return await asyncio.wait_for(call, UTILITY_TIMEOUT_S)
-        except (TimeoutError, EngineDeadError) as error:
-            raise ShardUnavailable(self._name) from error
+        return await self._liveness.answer(call, timeout_s)
 
     async def requests_of(self, lora_int_id: int) -> int:
         """Requests of this process on that adapter which the core still knows.
@@ -331,8 +325,15 @@ class VllmShard:
         return int(await self.call_core("gateway_requests_of", self._client_index, lora_int_id))
 
     async def core_load(self) -> Load:
-        """What the core has to do now, for all processes. Raises ShardUnavailable."""
         return Load(*await self.call_core("gateway_load"))
+
+    async def answers(self, timeout_s: float) -> bool:
+        """Whether the core answers in time. It does so between two steps."""
+        try:
+            await self.call_core("gateway_load", timeout_s=timeout_s)
+        except ShardUnavailable:
+            return False
+        return True
 
     def declare_dead(self) -> None:
         """End every request with ShardUnavailable, because the core is known to be dead.
@@ -341,6 +342,7 @@ class VllmShard:
         """
         from vllm.v1.engine.exceptions import EngineDeadError
 
+        self._liveness.declare_dead()
         self._engine.engine_core.resources.engine_dead = True
         self._engine.output_processor.propagate_error(EngineDeadError())
 

@@ -18,6 +18,7 @@ from engine.errors import (
 from engine.generation import ServedVersion, VersionKey
 from engine.pool import ShardPool
 from engine.probe import Probe
+from engine.served import key_of
 from engine.shard import Shard
 from store.records import VersionRecord
 
@@ -39,12 +40,13 @@ class TryOut:
 
     def __init__(
         self,
-        load: Callable[[VersionKey], Awaitable[None]],
+        load: Callable[[VersionKey, str], Awaitable[None]],
         pool: ShardPool,
         probe: Probe,
         trials: Mapping[str, Trial],
     ) -> None:
-        """`trials` by what the URI of the source begins with, for example `train:`."""
+        """`load` loads a version on the shard of that name. `trials` by what the URI of the
+        source begins with, for example `train:`."""
         self._load = load
         self._pool = pool
         self._probe = probe
@@ -56,13 +58,13 @@ class TryOut:
         Raises ProbeFailed or TrialFailed with all findings, AdapterNotChecked if there are none
         because it could not be tried, and ShardUnavailable.
         """
-        key = VersionKey(record.tenant, record.adapter, record.version)
+        key = key_of(record)
         try:
-            await self._load(key)
-            route = self._pool.route_to(key)
+            route = self._pool.homes(key)[0]  # one is enough to know
+            await self._load(key, route.shard.name)
             async with route.lease() as version:
                 assert version is not None
-                if findings := await self._probe.findings(version):
+                if findings := await self._probe.findings(version, route.shard):
                     raise ProbeFailed(key.adapter, findings, key.version)
                 for trial in self._asked_of(record.source_uri):
                     if found := await trial.findings(record, version, route.shard):

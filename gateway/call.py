@@ -43,6 +43,8 @@ class Call:
     """Name of the adapter once resolved, `(base)` for the base model; None: not resolved."""
     version: int = 0
     shard: str = ""
+    render_s: float = 0.0
+    """How long the prompt was rendered and tokenized."""
     prompt_tokens: int = 0
     cached_tokens: int = 0
     completion_tokens: int = 0

@@ -16,8 +16,11 @@ from engine.base_model import ModelFingerprints
 from engine.core import ClientSlot
 from engine.generation import ServedVersion, VersionKey
 from engine.pool import ServedAdapter, ServedView
+from engine.ring import Plan
+from engine.shard import ModelInfo
 from gateway.arms import Outcome
 from gateway.settings import Settings
+from gateway.token_meter import Tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +28,11 @@ class Orders:
     """Host: attach to these cores, bind the public address, take calls."""
 
     slots: Sequence[ClientSlot]
+    """Of the shards that are up."""
+    shards: Sequence[str]
+    """Names of all shards."""
+    model: ModelInfo
+    """What each of them serves."""
     listen: str
     """The public address with the port that the host holds."""
     control_address: str
@@ -34,6 +42,8 @@ class Orders:
     view: ServedView
     resident: Mapping[str, Sequence[ServedVersion]]
     """What each shard has loaded, by its name."""
+    plan: Plan
+    """How many replicas hot adapters have."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +56,7 @@ class Drain:
 
 @dataclass(frozen=True, slots=True)
 class ShardDied:
-    """Host: the core of this shard is gone; end what ran on it."""
+    """Host: the core of this shard is gone; end what ran on it, and send nothing there."""
 
     shard: str
 
@@ -78,6 +88,13 @@ class ShowAdapter:
 
 
 @dataclass(frozen=True, slots=True)
+class FollowPlan:
+    """Question: hot adapters have so many replicas from now on. Answered once that is followed."""
+
+    plan: Plan
+
+
+@dataclass(frozen=True, slots=True)
 class Leave:
     """Question: use this version no more. Answered once nothing runs on it."""
 
@@ -98,11 +115,23 @@ class Flush:
 
 
 @dataclass(frozen=True, slots=True)
+class ShardUp:
+    """Question: the shard has a new core; attach to it. Answered once requests go there."""
+
+    slot: ClientSlot
+    resident: Sequence[ServedVersion]
+    """What it has loaded."""
+
+
+Question = ShowAdapter | FollowPlan | ShardUp | Leave | TellUses | Flush
+
+
+@dataclass(frozen=True, slots=True)
 class Ask:
     """Host: a question, to be answered under the same ticket."""
 
     ticket: int
-    question: ShowAdapter | Leave | TellUses | Flush
+    question: Question
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +167,13 @@ class Ended:
 
 
 @dataclass(frozen=True, slots=True)
+class Used:
+    """Worker: requests used so many tokens."""
+
+    tokens: Tokens
+
+
+@dataclass(frozen=True, slots=True)
 class Answer:
     """Worker: the answer to the question with that ticket."""
 
@@ -149,7 +185,9 @@ Sent = TypeVar("Sent")
 Received = TypeVar("Received")
 
 HostMessage = Orders | Ask | Loaded | LoadFailed | Drain | ShardDied
-WorkerMessage = Imported | Serving | Want | Ended | Answer | Failed
+Unasked = Want | Ended | Used
+"""What a worker says of itself while it serves."""
+WorkerMessage = Imported | Serving | Unasked | Answer | Failed
 
 _LENGTH = struct.Struct("!I")
 _READ_BYTES = 256 * 1024

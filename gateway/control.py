@@ -2,7 +2,7 @@
 
     worker --Unix socket--> Adapters -> catalog -> ledger -> registry
                        '--> Training ---^  |          '----> view, to all processes
-                                           '-> residency -> shard
+                                           '-> residency -> shards
 
 Owned by the host. It puts the parts together, and ends them.
 """
@@ -13,7 +13,7 @@ import asyncio
 import contextlib
 import logging
 import sqlite3
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,28 +22,31 @@ import grpc
 
 from engine.base_model import BaseModules, ModelFingerprints
 from engine.catalog import AdapterCatalog
+from engine.core import ClientSlot
 from engine.generation import ServedVersion, VersionKey
 from engine.intake import UPLOAD_SCHEME, Intake
 from engine.ledger import Ledger
-from engine.pool import ServedView, ShardPool
+from engine.pool import ServedView
 from engine.probe import Probe
-from engine.residency import Residency
-from engine.residents import Residents
+from engine.replication import Planner
+from engine.ring import Plan
 from engine.servability import trainable_modules
 from engine.shard import VllmShard
-from gateway import adapters, metrics, training
+from gateway import adapters, training
 from gateway.adapters import Adapters
 from gateway.admission import MAX_WATCHES, Admission, Draining, Slots
 from gateway.arms import Arms
 from gateway.call import Principal
-from gateway.channel import Ended, Want
+from gateway.channel import Ended, Unasked, Used, Want
 from gateway.checkpoint_sources import TRAIN_SCHEME
 from gateway.evaluation import Evaluations
 from gateway.judgement import Judgement
+from gateway.planning import Planning
 from gateway.processes import Processes
 from gateway.relay import caller
 from gateway.server import HOST_OPTIONS, HOST_SERVICES
 from gateway.settings import Settings
+from gateway.shards import Shards
 from gateway.tracing import Tracing
 from gateway.training import Training
 from gateway.training_plane import TrainingPlane
@@ -99,8 +102,8 @@ class ControlPlane:
         self._training = TrainingPlane(settings, state_dir, jobs, training_environment)
         self._served: ServedModel | None = None
         self._modules = BaseModules({})
-        self._residencies: dict[str, Residency] = {}
-        self._residents: list[Residents] = []
+        self._shards: Shards | None = None
+        self._planning: Planning | None = None
         self._catalog: AdapterCatalog | None = None
         self._intake: Intake | None = None
         self._server: grpc.aio.Server | None = None
@@ -119,15 +122,25 @@ class ControlPlane:
     @property
     def resident(self) -> Mapping[str, Sequence[ServedVersion]]:
         """What each shard has loaded now."""
-        return {name: residency.resident() for name, residency in self._residencies.items()}
+        assert self._shards is not None
+        return self._shards.resident
 
-    def hear(self, message: Want | Ended) -> None:
+    @property
+    def plan(self) -> Plan:
+        """How many replicas hot adapters have."""
+        assert self._planning is not None
+        return self._planning.plan
+
+    def hear(self, message: Unasked) -> None:
         """What a worker says unasked."""
+        assert self._shards is not None and self._planning is not None
         match message:
             case Want(shard, key):
-                self._residencies[shard].want(key)
+                self._shards.want(shard, key)
             case Ended(outcomes):
                 self._arms.record(outcomes)
+            case Used(tokens):
+                self._planning.record(tokens)
 
     def check_for(
         self, model_path: Path, modules: BaseModules, prints: ModelFingerprints, dtype: str
@@ -164,40 +177,55 @@ class ControlPlane:
         async with self._intake.inspect_folder(adapter, folder):
             pass
 
-    def serve_on(self, shard: VllmShard) -> None:
-        """Load, probe and evaluate on this shard. Call `run` from now on."""
+    def lose(self, shard: str) -> None:
+        """The core is dead: nobody uses it any more, and whoever waits for it is told."""
+        if self._shards is not None:
+            self._shards.lose(shard)
+        self._processes.lose(shard)
+
+    async def prepare(self, shard: VllmShard) -> None:
+        """Load what belongs on a new core, which nobody uses yet. Raises ShardUnavailable."""
+        assert self._shards is not None
+        self._shards.join(shard)
+        await self._shards.warm(shard.name)
+
+    async def admit(self, shard: str, take_slot: Callable[[], ClientSlot]) -> None:
+        """Have all use the shard from now on, and go on with what it left undone."""
+        assert self._shards is not None and self._catalog is not None
+        self._shards.open(shard)
+        resident = self._shards.resident[shard]
+        await self._processes.admit(shard, resident, take_slot)
+        await self._catalog.go_on()
+
+    def serve_on(self, shards: Iterable[VllmShard]) -> None:
+        """Load, probe and evaluate on these shards. Call `run` from now on."""
         assert self._catalog is not None and self._served is not None
-        catalog, served = self._catalog, self._served
-        residency = Residency(
-            shard,
-            self._settings.max_cpu_loras,
-            catalog,
-            self._processes,
-            metrics.observe_load,
-            metrics.observe_resident,
+        catalog, served, settings = self._catalog, self._served, self._settings
+        places = settings.max_cpu_loras
+        self._shards = ours = Shards(
+            settings.shard_names, places, catalog, self._processes, self.view
         )
-        metrics.observe_resident(shard.name, 0)
-        residents = Residents(residency.want, shard.requests_of)
-        self._processes.add_own(shard.name, residents)
-        self._residencies[shard.name] = residency
-        self._residents.append(residents)
-        pool = ShardPool([shard], {shard.name: residents}, self.view)
-        catalog.serve_on(self._residencies, pool, Probe(shard), self._training.trials(served))
-        evaluations = Evaluations(
-            self._registry, self._sources, pool, shard, self._settings.max_num_seqs
-        )
+        pool = ours.pool
+        self._planning = Planning(Planner(places), ours, catalog, self._ledger, self._processes)
+        catalog.serve_on(ours.residencies, pool, Probe(), self._training.trials(served))
+        evaluations = Evaluations(self._registry, self._sources, pool, settings.max_num_seqs)
         servicer = self._training.serve(
-            *(served, self._modules.linear, shard, catalog, self._registry),
-            *(self._admission, self._watches),
+            *(served, self._modules.linear, lambda: pool.route_to(None).shard, catalog),
+            *(self._registry, self._admission, self._watches),
         )
+        for shard in shards:
+            ours.join(shard)
+            ours.open(shard.name)
         self._server = self._build_server(catalog, evaluations, servicer)
 
     async def run(self) -> None:
         """Load what is wanted, watch what is guarded, sweep what is left, until closed."""
+        assert self._shards is not None and self._planning is not None
         self._running = asyncio.current_task()
         async with asyncio.TaskGroup() as tasks:
-            for residency in self._residencies.values():
-                tasks.create_task(residency.run())
+            tasks.create_task(self._shards.run())
+            if self._settings.shards > 1:
+                tasks.create_task(self._planning.run())
             tasks.create_task(self._judgement.guard())
             tasks.create_task(self._sweep())
             tasks.create_task(self._training.run())
@@ -238,8 +266,8 @@ class ControlPlane:
         if self._catalog is not None:
             await self._catalog.close()
         await self._ledger.close()
-        for residents in self._residents:
-            await residents.close()
+        if self._shards is not None:
+            await self._shards.close()
         await asyncio.to_thread(self._tracing.close)
 
     def _build_server(

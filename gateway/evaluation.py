@@ -18,9 +18,9 @@ from engine.evaluation import (
 from engine.examples import MAX_DATASET_BYTES, Example, parse_jsonl
 from engine.generation import Chat, ChatMessage, ServedVersion, VersionKey
 from engine.intake import in_daemon_thread
-from engine.pool import ShardPool
+from engine.pool import Route, ShardPool
 from engine.scoring import Scorer
-from engine.shard import Shard, VllmShard
+from engine.shard import Shard
 from gateway import adapter_codec as codec
 from lora_gateway.v1 import adapters_pb2 as pb
 from store.artifacts import SourceUnusable
@@ -36,21 +36,19 @@ _SCORERS_BY_NUMBER = {number: scorer for scorer, number in _SCORERS.items()}
 
 
 class Evaluations:
-    """Runs evaluations on the host's shard, beside live traffic."""
+    """Runs evaluations beside live traffic, each on one shard of its adapter."""
 
     def __init__(
         self,
         registry: Registry,
         sources: AllowedSources,
         pool: ShardPool,
-        shard: VllmShard,
         max_num_seqs: int,
     ) -> None:
-        """`max_num_seqs` is what the engine runs at once; half of it is left to live traffic."""
+        """`max_num_seqs` is what an engine runs at once; half of it is left to live traffic."""
         self._registry = registry
         self._sources = sources
         self._pool = pool
-        self._shard = shard
         self._max_running = max(1, max_num_seqs // 2)
         self._reading = asyncio.Semaphore(MAX_READ_AT_ONCE)
 
@@ -59,8 +57,10 @@ class Evaluations:
     ) -> AsyncGenerator[pb.EvaluateVersionResponse, None]:
         """The messages of one evaluation."""
         evaluation = await self._decode(request, tenant)
-        runner = _Runner(self._pool, tenant, request.adapter)
-        async with contextlib.aclosing(evaluation.run(runner, self._has_capacity)) as events:
+        # All versions on one shard, and the base model too: so they are compared fairly.
+        home = self._pool.homes(VersionKey(tenant, request.adapter, 0))[0]
+        runner = _Runner(home, tenant, request.adapter, self._max_running)
+        async with contextlib.aclosing(evaluation.run(runner, runner.has_capacity)) as events:
             async for event in events:
                 yield _encode(event)
 
@@ -112,25 +112,26 @@ class Evaluations:
             ) from error
         return parse_jsonl(content)
 
-    async def _has_capacity(self) -> bool:
-        load = await self._shard.core_load()
-        return load.waiting == 0 and load.running < self._max_running
-
 
 class _Runner:
-    """Leases versions on the host's shard."""
+    """Leases versions of one adapter on one shard."""
 
-    def __init__(self, pool: ShardPool, tenant: str, adapter: str) -> None:
-        self._pool = pool
+    def __init__(self, home: Route, tenant: str, adapter: str, max_running: int) -> None:
+        self._home = home
         self._tenant = tenant
         self._adapter = adapter
+        self._max_running = max_running
+
+    async def has_capacity(self) -> bool:
+        """Whether the shard has some to spare."""
+        load = await self._home.shard.core_load()
+        return load.waiting == 0 and load.running < self._max_running
 
     @contextlib.asynccontextmanager
     async def open(self, version: int) -> AsyncIterator[tuple[Shard, ServedVersion | None]]:
         key = VersionKey(self._tenant, self._adapter, version) if version else None
-        route = self._pool.route_to(key)
-        async with route.lease() as served:
-            yield route.shard, served
+        async with self._home.to(key).lease() as served:
+            yield self._home.shard, served
 
 
 def _example(message: pb.EvaluationExample, field: str) -> Example:

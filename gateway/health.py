@@ -42,13 +42,16 @@ class Health(health_aio.HealthServicer):
             await asyncio.gather(watching, draining, return_exceptions=True)
         await context.write(health_pb2.HealthCheckResponse(status=NOT_SERVING))
 
-    async def serving(self) -> None:
-        """Announce that calls are answered now."""
+    async def serving(self, serving: bool = True) -> None:
+        """Announce whether calls are answered now. Does nothing once the server drains."""
+        status = SERVING if serving else NOT_SERVING
         for service in self._services:
-            self._server_status[service] = SERVING
+            if self._draining.is_set():
+                return
+            self._server_status[service] = status
             # A watcher that does not read holds its service's lock; it must not hold us.
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self.set(service, SERVING), NOTIFY_TIMEOUT_S)
+                await asyncio.wait_for(self.set(service, status), NOTIFY_TIMEOUT_S)
 
     def drain(self) -> None:
         """Announce NOT_SERVING for good, and end the watchers, each of which is told."""

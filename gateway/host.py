@@ -1,10 +1,10 @@
 """The host: the control plane of one gateway. No token passes through it.
 
-    state folder locked, port held -> core started -> control plane -> workers serve
-    SIGTERM or SIGINT -> workers drain -> control plane closes -> core stops -> exit 0
+    state folder locked, port held -> cores started -> control plane -> workers serve
+    SIGTERM or SIGINT -> workers drain -> control plane closes -> cores stop -> exit 0
 
 It starts and watches every other process, is the only writer of the database, and is itself
-a client of the core.
+a client of each core.
 """
 
 from __future__ import annotations
@@ -12,27 +12,27 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
 import signal
 from collections.abc import Coroutine, Mapping
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from engine.base_model import ModelFingerprints, base_modules, fingerprints
-from engine.core import ClientSlot, EngineCore, EngineOptions
+from engine.core import ClientSlot, EngineOptions
 from engine.errors import MAX_NAMES, CoreFailed
 from engine.models import resolve_model
 from engine.pool import ServedView
-from engine.shard import VllmShard
-from gateway import metrics
 from gateway.call import Principal
-from gateway.channel import Orders, ShardDied
+from gateway.channel import Orders
 from gateway.control import ControlPlane
+from gateway.keeper import ShardKeeper
 from gateway.metrics import MetricsEndpoint
 from gateway.port import HeldPort, PortTaken
 from gateway.settings import Settings
 from gateway.shard_gauges import ShardGauges
+from gateway.supervisor import Supervisor
 from gateway.workers import WorkerFleet, WorkerProcess
 from store.sqlite_jobs import SqliteJobs
 from store.sqlite_registry import SqliteRegistry
@@ -40,13 +40,12 @@ from store.state_folder import StateFolder
 
 logger = logging.getLogger(__name__)
 
-SHARD_NAME = "shard-0"
 REGISTRY_FILE = "registry.sqlite"
 """The one database, of adapters and of jobs."""
 LATE_MESSAGES_S = 1.0
 """How long after a worker's death the core may still read messages that it had sent."""
 CORE_DEATH_GRACE_S = 2.0
-"""How long workers get to tell their clients that the core is gone."""
+"""How long workers get to tell their clients that a core is gone."""
 
 
 class Stopped(Exception):
@@ -70,14 +69,13 @@ class Host:
         """Fails with the error of the first watcher that fails; never succeeds."""
         self._owned = contextlib.AsyncExitStack()
         self._control: ControlPlane | None = None
-        self._core: EngineCore | None = None
-        self._shard: VllmShard | None = None
+        self._supervisor: Supervisor | None = None
         self._fleet: WorkerFleet | None = None
 
     async def run(self) -> int:
         """Serve until a signal ends it, which is exit code 0.
 
-        Raises the typed error of whatever cannot start, and CoreFailed when the core dies.
+        Raises the typed error of whatever cannot start.
         """
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -88,10 +86,7 @@ class Host:
             try:
                 await self._serve()
             except CoreFailed:
-                if self._shard is not None:
-                    self._shard.declare_dead()  # nobody is there to be asked to stop
                 if self._fleet is not None:
-                    self._fleet.tell(ShardDied(SHARD_NAME))
                     await self._fleet.drain(0.0, CORE_DEATH_GRACE_S)
                 raise
         return 0
@@ -147,26 +142,35 @@ class Host:
         await control.open()
 
         modules = await asyncio.to_thread(base_modules, model_path)
-        config = await asyncio.to_thread(_engine_options(settings, model_path).build_config)
+        names = settings.shard_names
+        options = [_engine_options(settings, model_path, number) for number in range(len(names))]
+        config = await asyncio.to_thread(options[0].build_config)
         dtype = str(config.model_config.dtype).removeprefix("torch.")
         control.check_for(model_path, modules, prints, dtype)
         for adapter, folder in settings.adapter.items():
-            await control.check(adapter, folder)  # before minutes are spent on the core
+            await control.check(adapter, folder)  # before minutes are spent on the cores
 
-        self._core = core = await EngineCore.start(SHARD_NAME, config)
-        self._watch(_core_end(core))
-        self._shard = shard = VllmShard.attach(core.take_slot())
-        await shard.call_core("gateway_adopt", os.getpid())
-        await shard.warm_up()
-        endpoint.add(ShardGauges(settings.model, shard))
-        control.serve_on(shard)
+        self._supervisor = supervisor = Supervisor(
+            ShardKeeper(
+                name,
+                options[number],
+                partial(settings.environment_of, number),
+                settings.engine_stall_timeout_s,
+            )
+            for number, name in enumerate(names)
+        )
+        await supervisor.start(config)
+        endpoint.add(ShardGauges(settings.model, lambda: supervisor.shards))
+        control.serve_on(supervisor.shards)
         self._watch(control.run())
+        self._watch(supervisor.keep(control))
         for adapter, folder in settings.adapter.items():
             await control.adopt(adapter, folder)
         await control.serve()
 
         fleet.open()
         await fleet.wait_serving()
+        supervisor.settle()
         print(
             f"lora-gateway SERVING on {port.address}: {settings.model}, "
             f"adapters: {_adapter_names(control.view)}; metrics http://{endpoint.address}/metrics",
@@ -174,19 +178,20 @@ class Host:
         )
 
     def _orders(self, listen: str, prints: ModelFingerprints) -> Orders:
-        """What a new worker needs, with a fresh slot on the core."""
-        assert self._core is not None and self._control is not None
-        slot = self._core.take_slot()
-        metrics.client_slots_left.labels(SHARD_NAME).set(self._core.slots_left)
+        """What a new worker needs, with a fresh slot on each core."""
+        assert self._supervisor is not None and self._control is not None
         control = self._control
         return Orders(
-            slots=[slot],
+            slots=self._supervisor.take_slots(),
+            shards=self._settings.shard_names,
+            model=self._supervisor.model,
             listen=listen,
             control_address=control.address,
             settings=self._settings,
             fingerprints=prints,
             view=control.view,
             resident=control.resident,
+            plan=control.plan,
         )
 
     async def _after_death(self, worker: WorkerProcess, endpoint: MetricsEndpoint) -> None:
@@ -203,19 +208,17 @@ class Host:
                 logger.info("aborted %d requests of worker %d", aborted, worker.pid)
 
     async def _abort_client(self, slot: ClientSlot) -> int:
-        assert self._shard is not None
-        return int(await self._shard.call_core("gateway_abort_client", slot.index))
+        assert self._supervisor is not None
+        return await self._supervisor.abort_client(slot)
 
     async def _end_children(self) -> None:
-        """End every process that is left: the core in order, whatever else at once."""
+        """End every process that is left: the cores in order, whatever else at once."""
         for watcher in self._watchers:
             watcher.cancel()
         if self._fleet is not None:
             self._fleet.kill()
-        if self._core is not None and self._shard is not None:
-            shard = self._shard
-            await self._core.stop(lambda: shard.call_core("gateway_stop"))
-            shard.close()
+        if self._supervisor is not None:
+            await self._supervisor.stop()
         await asyncio.gather(*self._watchers, return_exceptions=True)
 
     def _watch(self, work: Coroutine[Any, Any, None]) -> None:
@@ -243,21 +246,6 @@ class Host:
         raise Stopped
 
 
-async def _core_end(core: EngineCore) -> None:
-    """Wait for the core to end by itself, and say how it did."""
-    ended = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for sentinel in core.sentinels:
-        loop.add_reader(sentinel, ended.set)
-    try:
-        await ended.wait()
-    finally:
-        for sentinel in core.sentinels:
-            loop.remove_reader(sentinel)
-    reason = await asyncio.to_thread(core.exit_reason)
-    raise CoreFailed(f"{core.name} ended: {reason}; the gateway ends with it")
-
-
 def _adapter_names(view: ServedView) -> str:
     """Those that a caller may name, for the line that says SERVING."""
     adapters = view.tenants.get(Principal().tenant, {})
@@ -270,7 +258,7 @@ def _adapter_names(view: ServedView) -> str:
     return (", ".join(names) or "none") + (f" and {more} more" if more > 0 else "")
 
 
-def _engine_options(settings: Settings, model_path: Path) -> EngineOptions:
+def _engine_options(settings: Settings, model_path: Path, shard: int) -> EngineOptions:
     return EngineOptions(
         model_path=model_path,
         served_model_name=settings.model,
@@ -283,6 +271,7 @@ def _engine_options(settings: Settings, model_path: Path) -> EngineOptions:
         max_cpu_loras=settings.max_cpu_loras,
         max_lora_rank=int(settings.max_lora_rank),
         otlp_endpoint=settings.otlp_endpoint,
+        device_ids=settings.device_ids(shard),
     )
 
 

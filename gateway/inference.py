@@ -6,12 +6,12 @@ import contextlib
 import time
 from collections.abc import AsyncIterator
 
-from engine.generation import GenerationRequest, Output
-from engine.pool import Route, ShardPool
-from engine.rendering import RenderedPrompt
+from engine.generation import GenerationRequest, Output, VersionKey
+from engine.pool import ShardPool
 from gateway import codec, metrics
 from gateway.admission import Admission
 from gateway.call import BASE_MODEL_LABEL, Call, current_call
+from gateway.dispatch import Dispatch
 from gateway.wrap import Context
 from lora_gateway.v1 import inference_pb2 as pb
 from lora_gateway.v1.inference_pb2_grpc import InferenceServicer
@@ -22,6 +22,7 @@ class Inference(InferenceServicer):
 
     def __init__(self, pool: ShardPool, admission: Admission, model: pb.Model) -> None:
         self._pool = pool
+        self._dispatch = Dispatch(pool, admission)
         self._admission = admission
         self._model = model
         self._defaults = codec.SamplingDefaults(
@@ -32,15 +33,13 @@ class Inference(InferenceServicer):
         call = current_call()
         with self._admission.slot():
             decoded = self._decode(request)
-            route = self._route(decoded, call)
-            async with route.lease() as version:
-                prompt = await route.shard.render(decoded.prompt)
-                engine_request = _engine_request(decoded, call, stream=False)
-                async with contextlib.aclosing(
-                    route.shard.generate(engine_request, prompt, version)
-                ) as outputs:
-                    async for output in outputs:  # one, when it is finished
-                        _observe(call, output)
+            key = self._resolve(decoded, call)
+            engine_request = _engine_request(decoded, call, stream=False)
+            async with contextlib.aclosing(
+                self._dispatch.outputs(engine_request, key, call)
+            ) as outputs:
+                async for output in outputs:  # one, when it is finished
+                    _observe(call, output)
         return pb.GenerateResponse(
             request_id=call.request_id,
             completions=[
@@ -49,7 +48,7 @@ class Inference(InferenceServicer):
             ],
             usage=_usage(call),
             served_by=_served_by(call),
-            timings=_timings(call, prompt, output),
+            timings=_timings(call, output),
             prompt_logprobs=codec.encode_positions(output.prompt_logprobs),
         )
 
@@ -59,33 +58,31 @@ class Inference(InferenceServicer):
         call = current_call()
         with self._admission.slot():
             decoded = self._decode(request)
-            route = self._route(decoded, call)
-            async with route.lease() as version:
-                prompt = await route.shard.render(decoded.prompt)
-                engine_request = _engine_request(decoded, call, stream=True)
-                ends: dict[int, pb.CompletionEnd] = {}
-                observe_itl = metrics.itl_observer(call.adapter or "")
-                async with contextlib.aclosing(
-                    route.shard.generate(engine_request, prompt, version)
-                ) as outputs:
-                    async for output in outputs:
-                        previous_s = call.last_token_s
-                        _observe(call, output)
-                        if previous_s is None:
-                            yield _started(call, output)
-                        else:
-                            observe_itl((call.last_token_s or 0.0) - previous_s)
-                        for delta in output.deltas:
-                            event = codec.encode_delta(delta, token_ids=decoded.return_token_ids)
-                            if event is not None:
-                                yield event
-                            if delta.finish_reason is not None:
-                                ends[delta.index] = codec.encode_end(delta)
+            key = self._resolve(decoded, call)
+            engine_request = _engine_request(decoded, call, stream=True)
+            ends: dict[int, pb.CompletionEnd] = {}
+            observe_itl = metrics.itl_observer(call.adapter or "")
+            async with contextlib.aclosing(
+                self._dispatch.outputs(engine_request, key, call)
+            ) as outputs:
+                async for output in outputs:
+                    previous_s = call.last_token_s
+                    _observe(call, output)
+                    if previous_s is None:
+                        yield _started(call, output)
+                    else:
+                        observe_itl((call.last_token_s or 0.0) - previous_s)
+                    for delta in output.deltas:
+                        event = codec.encode_delta(delta, token_ids=decoded.return_token_ids)
+                        if event is not None:
+                            yield event
+                        if delta.finish_reason is not None:
+                            ends[delta.index] = codec.encode_end(delta)
         yield pb.GenerateStreamResponse(
             finished=pb.GenerationFinished(
                 completions=[ends[index] for index in sorted(ends)],
                 usage=_usage(call),
-                timings=_timings(call, prompt, output),
+                timings=_timings(call, output),
             )
         )
 
@@ -113,18 +110,17 @@ class Inference(InferenceServicer):
             max_model_len=self._model.limits.max_model_len,
         )
 
-    def _route(self, decoded: codec.GenerateCall, call: Call) -> Route:
-        """Place the request, and note on the call who will answer."""
-        route = self._pool.route(
+    def _resolve(self, decoded: codec.GenerateCall, call: Call) -> VersionKey | None:
+        """The version that will answer, which is noted on the call; None is the base model."""
+        key = self._pool.resolve(
             call.principal.tenant,
             decoded.adapter,
             decoded.version,
             decoded.session_id or call.request_id,
         )
         call.adapter = decoded.adapter or BASE_MODEL_LABEL
-        call.version = 0 if route.key is None else route.key.version
-        call.shard = route.shard.name
-        return route
+        call.version = 0 if key is None else key.version
+        return key
 
 
 def _engine_request(decoded: codec.GenerateCall, call: Call, *, stream: bool) -> GenerationRequest:
@@ -176,11 +172,11 @@ def _usage(call: Call) -> pb.Usage:
     )
 
 
-def _timings(call: Call, prompt: RenderedPrompt, output: Output) -> pb.Timings:
+def _timings(call: Call, output: Output) -> pb.Timings:
     first_s, last_s = call.first_token_s, call.last_token_s
     assert first_s is not None and last_s is not None, "timings exist once tokens do"
     return pb.Timings(
-        render_ms=prompt.render_s * 1000,
+        render_ms=call.render_s * 1000,
         queue_ms=output.queue_s * 1000,
         time_to_first_token_ms=(first_s - call.started_s) * 1000,
         total_ms=(last_s - call.started_s) * 1000,

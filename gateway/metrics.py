@@ -17,6 +17,7 @@ from prometheus_client.registry import Collector
 
 from engine.core import LATENCY_BUCKETS_S
 from engine.gate import Reason
+from engine.pool import Route
 from gateway.call import Call
 
 UNRESOLVED_LABEL = "(none)"
@@ -59,6 +60,32 @@ client_slots_left = Gauge(
     ["shard"],
     multiprocess_mode="livemax",
 )
+_placements = Counter(
+    "gateway_placements",
+    "Requests by shard, and why they went there: planned, failover, overflow, least_loaded.",
+    ["shard", "reason"],
+)
+retries = Counter(
+    "gateway_retries",
+    "Requests that were sent to a second shard, because the first died before a token came.",
+)
+shard_up = Gauge(
+    "gateway_shard_up",
+    "Whether a shard takes requests: 1 or 0.",
+    ["shard"],
+    multiprocess_mode="livemax",
+)
+shard_restarts = Counter(
+    "gateway_shard_restarts",
+    "Starts of a core in place of one that died or stalled, or that failed to start.",
+    ["shard", "cause"],
+)
+engine_recovery = Histogram(
+    "gateway_engine_recovery_seconds",
+    "From a core's death until its shard takes requests again.",
+    ["shard"],
+    buckets=(1.0, 2.0, 5.0, 10.0, 20.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1800.0),
+)
 _adapter_load = Histogram(
     "adapter_load_seconds",
     "Loads of adapter versions into an engine, by result: ok, failed.",
@@ -78,6 +105,11 @@ _gate_rejections = Counter(
     "shape, other. One may have several.",
     ["reason"],
 )
+
+
+def observe_placement(route: Route) -> None:
+    """Count one request that was placed."""
+    _placements.labels(route.shard.name, route.reason.value).inc()
 
 
 def observe_load(shard: str, duration_s: float, ok: bool) -> None:

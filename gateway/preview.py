@@ -7,6 +7,7 @@ they are not said to agree: callers that read `matches_serving` alone took bad l
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from engine.errors import InvalidRequest
@@ -26,15 +27,18 @@ them would be the square of the row."""
 class Previews:
     """Shows rows of datasets."""
 
-    def __init__(self, preparations: Preparations, shard: Shard) -> None:
-        """`shard` renders as it does for callers."""
+    def __init__(self, preparations: Preparations, find_shard: Callable[[], Shard]) -> None:
+        """`find_shard` finds one that renders as it does for callers."""
         self._preparations = preparations
-        self._shard = shard
+        self._find_shard = find_shard
 
     async def preview(
         self, dataset: DatasetRecord, path: Path, line: int, data: DataSpec
     ) -> pb.PreviewTokensResponse:
-        """One line, from 1. Raises InvalidSpec for a line that is not there, or is no row."""
+        """One line, from 1.
+
+        Raises InvalidSpec for a line that is not there, or is no row, and ShardUnavailable.
+        """
         preview = await self._preparations.preview(dataset, path, line, data)
         answers = len(preview.bounds)
         mismatch = "" if answers else _nothing_to_compare(preview)
@@ -58,7 +62,7 @@ class Previews:
         """Where the server's ids of a prompt differ from the trainer's; empty if nowhere."""
         chat = Chat([ChatMessage(role, content) for role, content in messages])
         try:
-            served = list((await self._shard.render(chat)).token_ids)
+            served = list((await self._find_shard().render(chat)).token_ids)
         except InvalidRequest as error:
             return f"the server refuses the prompt of assistant turn {number}: {error}"
         if served == list(prompt_ids):

@@ -8,13 +8,26 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 
+from engine.core import ClientSlot
 from engine.generation import ServedVersion, VersionKey
 from engine.pool import ServedAdapter
 from engine.residents import Residents, Use
-from gateway.channel import Flush, Leave, Loaded, LoadFailed, ShowAdapter, TellUses
-from gateway.workers import WorkerFleet
+from engine.ring import Plan
+from gateway.channel import (
+    Flush,
+    FollowPlan,
+    Leave,
+    Loaded,
+    LoadFailed,
+    Question,
+    ShardDied,
+    ShardUp,
+    ShowAdapter,
+    TellUses,
+)
+from gateway.workers import WorkerFleet, WorkerProcess
 
 logger = logging.getLogger(__name__)
 
@@ -35,19 +48,47 @@ class Processes:
         """The host's own, which uses the shard for probes and evaluations."""
         self._own[shard] = residents
 
+    def drop_own(self, shard: str) -> None:
+        """The shard is gone."""
+        self._own.pop(shard, None)
+
+    def lose(self, shard: str) -> None:
+        """Tell all workers that the shard is gone."""
+        self._fleet.tell(ShardDied(shard))
+
+    async def admit(
+        self,
+        shard: str,
+        resident: Sequence[ServedVersion],
+        take_slot: Callable[[], ClientSlot],
+    ) -> None:
+        """Have all workers drive the shard, which has these versions; returns when they do."""
+        slots: list[ClientSlot] = []
+
+        def ask(worker: WorkerProcess) -> Question:
+            slots.append(take_slot())
+            worker.slots.append(slots[-1])
+            return ShardUp(slots[-1], resident)
+
+        await _followed(f"{shard}, which is up again", self._fleet.ask_each(ask))
+        for slot in slots:
+            slot.close()  # the workers have their own copies of the listeners now
+
     def show(self, tenant: str, adapter: str, served: ServedAdapter) -> Awaitable[None]:
         """Send the adapter to all at once; awaited, wait until they follow."""
         answers = self._fleet.ask(ShowAdapter(tenant, adapter, served))
-        return _followed(adapter, answers)
+        return _followed(f"the change of adapter {adapter}", answers)
 
     def loaded(self, shard: str, version: ServedVersion) -> None:
         """Tell all that it is resident."""
-        self._own[shard].loaded(version)
+        if (own := self._own.get(shard)) is not None:
+            own.loaded(version)
         self._fleet.tell(Loaded(shard, version))
 
     def failed(self, shard: str, key: VersionKey, reason: str) -> None:
         """Tell all that it could not be loaded."""
-        self._own[shard].failed(key, reason)
+        if (own := self._own.get(shard)) is not None:
+            own.failed(key, reason)
         self._fleet.tell(LoadFailed(shard, key, reason))
 
     async def leave(self, shard: str, key: VersionKey) -> None:
@@ -61,20 +102,25 @@ class Processes:
         """How it is used, over all that answer in time."""
         answers: list[Mapping[VersionKey, Use]]
         answers = await self._fleet.ask(TellUses(shard), ANSWER_TIMEOUT_S)
-        total = dict(self._own[shard].uses())
+        own = self._own.get(shard)
+        total = {} if own is None else dict(own.uses())
         for answer in answers:
             for key, use in answer.items():
                 before = total.get(key, Use(0, 0.0))
                 total[key] = Use(before.holds + use.holds, max(before.last_use_s, use.last_use_s))
         return total
 
+    async def follow(self, plan: Plan) -> None:
+        """Have all choose among these replicas; returns when they follow."""
+        await _followed("the plan", self._fleet.ask(FollowPlan(plan)))
+
     async def flush(self) -> None:
         """Have all outcomes of ended requests sent, by all that answer in time."""
         await self._fleet.ask(Flush(), ANSWER_TIMEOUT_S)
 
 
-async def _followed(adapter: str, answers: Awaitable[object]) -> None:
+async def _followed(change: str, answers: Awaitable[object]) -> None:
     try:
         await asyncio.wait_for(answers, FOLLOW_TIMEOUT_S)
     except TimeoutError:
-        logger.error("a worker does not follow the change of adapter %s", adapter)
+        logger.error("a worker does not follow %s", change)

@@ -7,21 +7,23 @@ found to `training_environment_base`.
 
 from __future__ import annotations
 
-import ipaddress
+import contextlib
 import logging
 import os
 import re
-import ssl
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, CliApp, NoDecode, SettingsConfigDict
 
+from engine import processors
 from engine.sampling import MAX_N
+from gateway.address import Address, is_loopback
+from gateway.tls_files import check_tls
 from store.records import NAME
 from store.sources import AllowedSources
 
@@ -30,37 +32,11 @@ class SettingsError(Exception):
     """The settings contradict themselves or each other. One line per finding."""
 
 
-_HOST_AND_PORT = re.compile(r"(\[[^\[\]]+\]|[^\[\]:]+):([0-9]{1,5})")
-"""An IPv6 address stands in brackets, or nobody could tell where its port begins."""
-
 AUTO, NO_DEVICE = "auto", "none"
 """Of --training-devices, in place of devices."""
 
 PRICE = re.compile(r"([0-9]+(?:\.[0-9]+)?) ([A-Z]{3})")
 """An amount and the three letters of a currency."""
-
-
-def _address(value: str) -> str:
-    found = _HOST_AND_PORT.fullmatch(value)
-    if found is None or not _is_host(found[1]) or int(found[2]) > 65535:
-        raise ValueError(f"{value!r} is no HOST:PORT, for example 127.0.0.1:50051 or [::1]:50051")
-    return value
-
-
-def _is_host(host: str) -> bool:
-    """Whether it can be looked up: as a name, or as an IPv6 address in brackets."""
-    try:
-        if host.startswith("["):
-            ipaddress.IPv6Address(host.strip("[]"))
-        else:
-            host.encode("idna")  # as getaddrinfo does
-    except ValueError:
-        return False
-    return True
-
-
-Address = Annotated[str, AfterValidator(_address)]
-"""`HOST:PORT`. Port 0 takes a free one."""
 
 
 class Settings(BaseSettings):
@@ -106,6 +82,12 @@ class Settings(BaseSettings):
         description="Path or URL prefix that source_uri may name; repeatable. Uploads always work.",
     )
 
+    shards: int = Field(
+        1, ge=1, le=64, description="Engines, each with the base model and adapters of its own."
+    )
+    devices_per_shard: int = Field(
+        1, ge=1, le=64, description="GPUs of one engine (tensor parallel); 1 on a CPU."
+    )
     workers: int = Field(1, ge=1, le=32, description="Processes that serve the public address.")
     max_model_len: int = Field(2048, ge=16, description="Context in tokens, prompt and answer.")
     max_num_seqs: int = Field(256, ge=1, le=4096, description="Completions run at once.")
@@ -113,12 +95,16 @@ class Settings(BaseSettings):
         0.9, gt=0, le=1, description="Share of GPU memory that vLLM may take."
     )
     cpu_kv_cache_gib: int = Field(
-        1, ge=1, description="KV cache on a CPU engine, in GiB; ignored on GPUs."
+        1, ge=1, description="KV cache of each CPU engine, in GiB; ignored on GPUs."
     )
     max_loras: int = Field(8, ge=1, le=256, description="Different adapters in one batch.")
     max_cpu_loras: int = Field(64, ge=1, description="Adapters an engine keeps in memory.")
     max_lora_rank: Literal["1", "8", "16", "32", "64", "128", "256", "320", "512"] = Field(
         "32", description="Highest rank an adapter may have."
+    )
+
+    engine_stall_timeout_s: float = Field(
+        30.0, ge=1, le=3600, description="An engine that does not answer for so long is killed."
     )
 
     training_devices: Annotated[list[str], NoDecode] = Field(
@@ -231,7 +217,7 @@ class Settings(BaseSettings):
             if path is not None and not path.is_file():
                 raise ValueError(f"{flag} {path} is no file")
         if self.tls_cert is not None and self.tls_key is not None:
-            _check_tls(self.tls_cert, self.tls_key, self.tls_client_ca)
+            check_tls(self.tls_cert, self.tls_key, self.tls_client_ca)
         if not self.insecure and not is_loopback(self.metrics_listen):
             raise ValueError(
                 f"--metrics-listen {self.metrics_listen} is open to others and has no TLS; give "
@@ -246,7 +232,42 @@ class Settings(BaseSettings):
             raise ValueError(f"--training-python {self.training_python} is no file")
         if self.max_cpu_loras < self.max_loras:
             raise ValueError("--max-cpu-loras must be at least --max-loras")
+        if _engine_runs_on_cpu():
+            if self.devices_per_shard != 1:
+                raise ValueError("--devices-per-shard is for GPUs; a CPU engine is one device")
+            if self.shards > 1:
+                processors.shares(self.shards)
         return self
+
+    @property
+    def shard_names(self) -> list[str]:
+        """Of all shards. Adapters are placed by them, so they stay the same from start to start."""
+        return [f"shard-{number}" for number in range(self.shards)]
+
+    def device_ids(self, shard: int) -> list[int]:
+        """The GPUs of a shard, by its number; none if the engine runs on the CPU."""
+        first = shard * self.devices_per_shard
+        gpus = range(first, first + self.devices_per_shard)
+        return [] if _engine_runs_on_cpu() else list(gpus)
+
+    @contextlib.contextmanager
+    def environment_of(self, shard: int) -> Iterator[None]:
+        """A core that is started inside runs on its own share of the processors.
+
+        vLLM takes that from the environment alone. One shard has what vLLM chooses, or what the
+        operator has set.
+        """
+        if self.shards == 1 or not _engine_runs_on_cpu():
+            yield
+            return
+        name, before = "VLLM_CPU_OMP_THREADS_BIND", os.environ.get("VLLM_CPU_OMP_THREADS_BIND")
+        os.environ[name] = ",".join(map(str, processors.shares(self.shards)[shard]))
+        try:
+            yield
+        finally:
+            os.environ.pop(name)
+            if before is not None:
+                os.environ[name] = before
 
     @property
     def devices_that_train(self) -> list[str]:
@@ -285,44 +306,6 @@ def _finding(location: Sequence[object], message: str) -> str:
     return flag + message.removeprefix("Value error, ")
 
 
-def _check_tls(cert: Path, key: Path, client_ca: Path | None) -> None:
-    """Whether the files can be used, because grpc says of those that cannot only that it
-    failed to bind, and a worker learns it when the model is loaded. Raises ValueError."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    try:
-        # Without `password` OpenSSL would ask for it on the terminal.
-        context.load_cert_chain(cert, key, password="")
-    except OSError as error:
-        raise ValueError(
-            f"--tls-cert {cert} and --tls-key {key} cannot be used ({_tls_reason(error)}); give "
-            "a certificate chain and its private key without a password, both PEM"
-        ) from error
-    try:
-        if client_ca is not None:
-            context.load_verify_locations(client_ca)
-    except OSError as error:
-        raise ValueError(
-            f"--tls-client-ca {client_ca} cannot be used ({_tls_reason(error)}); give a "
-            "certificate, PEM"
-        ) from error
-
-
-def _tls_reason(error: OSError) -> str:
-    reason = getattr(error, "reason", None) or error.strerror or "unreadable"
-    return str(reason).replace("_", " ").lower()
-
-
-def is_loopback(address: str) -> bool:
-    """Whether `HOST:PORT` can be reached from this machine alone."""
-    host = address.rpartition(":")[0].strip("[]")
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
 def prepare_environment(settings: Settings, metrics_dir: Path) -> dict[str, str]:
     """Set what vLLM, transformers and prometheus_client read from the environment.
 
@@ -338,6 +321,8 @@ def prepare_environment(settings: Settings, metrics_dir: Path) -> dict[str, str]
         "VLLM_LOGGING_LEVEL": "ERROR",
         "VLLM_CPU_KVCACHE_SPACE": str(settings.cpu_kv_cache_gib),
         "VLLM_MAX_N_SEQUENCES": str(MAX_N),
+        # Of a core that runs already. It greets at once, or died just now and never will.
+        "VLLM_ENGINE_READY_TIMEOUT_S": "10",
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "TRANSFORMERS_VERBOSITY": "error",

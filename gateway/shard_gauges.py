@@ -7,7 +7,7 @@ core is asked. One that does not answer has no series on that page.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError
 from typing import Protocol
 
@@ -37,10 +37,10 @@ class CoreShard(Protocol):
 class ShardGauges(Collector):
     """Asks on the host's event loop, for pages that are made in other threads."""
 
-    def __init__(self, model_name: str, shard: CoreShard) -> None:
-        """To be made on that loop."""
+    def __init__(self, model_name: str, shards: Callable[[], Sequence[CoreShard]]) -> None:
+        """To be made on that loop. `shards` tells those that are up now."""
         self._model_name = model_name
-        self._shard = shard
+        self._shards = shards
         self._loop = asyncio.get_running_loop()
 
     def collect(self) -> Iterator[Metric]:
@@ -52,8 +52,8 @@ class ShardGauges(Collector):
             "reason",
         )
         usage = _gauge("kv_cache_usage_perc", "Share of the KV cache in use, 0 to 1.")
-        if (load := self._ask()) is not None:
-            labels = [self._model_name, "0", self._shard.name]
+        for shard, load in self._ask().items():
+            labels = [self._model_name, "0", shard]
             running.add_metric(labels, load.running)
             waiting.add_metric(labels, load.waiting)
             by_reason.add_metric([*labels, "capacity"], load.waiting - load.deferred)
@@ -61,13 +61,31 @@ class ShardGauges(Collector):
             usage.add_metric(labels, load.kv_cache_usage)
         yield from (running, waiting, by_reason, usage)
 
-    def _ask(self) -> Load | None:
-        asked = asyncio.run_coroutine_threadsafe(self._shard.core_load(), self._loop)
+    def _ask(self) -> dict[str, Load]:
+        """What those answer that do in time."""
+        asked = asyncio.run_coroutine_threadsafe(self._ask_all(), self._loop)
         try:
-            return asked.result(SCRAPE_TIMEOUT_S)
-        except (TimeoutError, CancelledError, ShardUnavailable):
+            return asked.result(2 * SCRAPE_TIMEOUT_S)
+        except (TimeoutError, CancelledError):  # the host is busy, or ends
             asked.cancel()
-            return None
+            return {}
+
+    async def _ask_all(self) -> dict[str, Load]:
+        shards = self._shards()
+        answers = await asyncio.gather(*map(_load_of, shards))
+        return {
+            shard.name: load
+            for shard, load in zip(shards, answers, strict=True)
+            if load is not None
+        }
+
+
+async def _load_of(shard: CoreShard) -> Load | None:
+    try:
+        async with asyncio.timeout(SCRAPE_TIMEOUT_S):
+            return await shard.core_load()
+    except (TimeoutError, ShardUnavailable):
+        return None
 
 
 def _gauge(name: str, documentation: str, *labels: str) -> GaugeMetricFamily:

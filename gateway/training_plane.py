@@ -9,7 +9,7 @@ Owned by the control plane, which opens, runs and closes it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from engine.base_model import ModuleShapes
@@ -67,14 +67,14 @@ class TrainingPlane:
         self,
         served: ServedModel,
         shapes: ModuleShapes,
-        shard: Shard,
+        find_shard: Callable[[], Shard],
         catalog: AdapterCatalog,
         registry: Registry,
         admission: Admission,
         watches: Slots,
     ) -> Training:
-        """The servicer, which renders on `shard` and publishes into `catalog`. `shapes` are the
-        base model's linear layers."""
+        """The servicer, which renders where `find_shard` says and publishes into `catalog`.
+        `shapes` are the base model's linear layers."""
         settings, environment = self._settings, self._environment
         python = settings.python_that_trains
         self._preparations = preparations = Preparations(
@@ -100,7 +100,7 @@ class TrainingPlane:
             self._store,
             self._datasets,
             preparations,
-            Previews(preparations, shard),
+            Previews(preparations, find_shard),
             jobs,
             served,
             admission,

@@ -7,15 +7,18 @@ running cores and takes calls until the host says `Drain` or is gone.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import time
+from collections.abc import Sequence
 from multiprocessing.connection import Connection
 
 import uvloop
 
+from engine.core import ClientSlot
 from engine.errors import ShardUnavailable
-from engine.generation import VersionKey
+from engine.generation import ServedVersion, VersionKey
 from engine.pool import ShardPool
 from engine.residents import Residents
 from engine.shard import VllmShard, preload
@@ -32,16 +35,20 @@ from gateway.channel import (
     Ended,
     Failed,
     Flush,
+    FollowPlan,
     HostMessage,
     Imported,
     Leave,
     Loaded,
     LoadFailed,
     Orders,
+    Question,
     Serving,
     ShardDied,
+    ShardUp,
     ShowAdapter,
     TellUses,
+    Used,
     Want,
     WorkerMessage,
 )
@@ -50,6 +57,7 @@ from gateway.model_card import model_card
 from gateway.relay import Relay
 from gateway.server import ENDLESS_METHODS, HOST_PATHS, GatewayServer
 from gateway.settings import configure_logging
+from gateway.token_meter import TokenMeter
 from gateway.tracing import Tracing
 from gateway.wrap import Edge
 
@@ -60,6 +68,9 @@ HostChannel = Channel[WorkerMessage, HostMessage]
 STALLED_AFTER_S = 1.0
 """A write that waits this long for its reader counts as stalled."""
 LAG_SAMPLES_PER_S = 20
+UNHEARD_S = 10.0
+"""How long a shard may be silent here before the host has said that its core died. If it never
+does, the core lives, and only this process cannot hear it."""
 CUT_TIMEOUT_S = 5.0
 """How long calls get to send their last status after they were cut."""
 
@@ -89,6 +100,10 @@ async def _run(connection: Connection) -> None:
     channel.close()
 
 
+class WorkerUnfit(Exception):
+    """This process cannot serve. The message says why, in one line."""
+
+
 class Worker:
     """Everything that one worker owns, from attaching to its end."""
 
@@ -96,15 +111,24 @@ class Worker:
         settings = orders.settings
         self._orders = orders
         self._channel = channel
-        self._shards = [VllmShard.attach(slot) for slot in orders.slots]
-        self._residents = {shard.name: self._residents_of(shard) for shard in self._shards}
-        for name, resident in orders.resident.items():
-            self._residents[name].all_loaded(resident)
+        self._shards: dict[str, VllmShard] = {}
+        self._residents: dict[str, Residents] = {}
+        self._lost: list[tuple[VllmShard, Residents]] = []
+        """Of cores that died, to be closed when their calls have ended."""
+        self._unheard: dict[str, float] = {}
+        """Since when shards cannot be heard of which the host has not said that they died."""
         self._view = orders.view
-        self._pool = ShardPool(self._shards, self._residents, self._view)
+        self._pool = ShardPool((), {}, self._view, orders.shards)
+        self._pool.follow(orders.plan)
+        for slot in orders.slots:
+            if (shard := self._attach(slot, orders.resident[slot.shard])) is not None:
+                self._pool.join(shard, self._residents[shard.name])
+        if orders.slots and not self._shards:
+            raise WorkerUnfit("no core answers")
         self._admission = Admission()
         self._tracing = Tracing(settings.otlp_endpoint)
         self._reporter = Reporter(lambda outcomes: channel.send(Ended(outcomes)))
+        self._token_meter = TokenMeter(lambda tokens: channel.send(Used(tokens)))
         edge = Edge(
             self._admission,
             self._tracing,
@@ -112,14 +136,13 @@ class Worker:
             settings.default_stream_deadline_s,
             self._ended,
         )
-        info = self._shards[0].info
-        card = model_card(settings, info, orders.fingerprints, self._admission.limit)
+        card = model_card(settings, orders.model, orders.fingerprints, self._admission.limit)
         inference = Inference(self._pool, self._admission, card)
         self._relay = Relay(orders.control_address, HOST_PATHS, edge)
         self._server = GatewayServer(edge, inference, settings, self._relay)
         self._tasks: list[asyncio.Task[None]] = []
         self._done = asyncio.Event()
-        self._dead_shards: set[str] = set()
+        self._health_changed = asyncio.Event()
 
     def _residents_of(self, shard: VllmShard) -> Residents:
         def ask(key: VersionKey) -> None:
@@ -130,6 +153,7 @@ class Worker:
     def _ended(self, call: Call, code: str, end_s: float) -> None:
         """Note how a call ended: for metrics, and for the comparison of versions."""
         metrics.record(call, code, end_s)
+        self._token_meter.count(call)
         # One that we ended ourselves, to drain for example, says nothing of its version.
         if call.version and call.cut_by is None:
             self._reporter.record(Outcome.of(call, code, end_s))
@@ -139,16 +163,24 @@ class Worker:
         self._tasks.append(asyncio.create_task(self._follow()))  # the host may ask at once
         self._server.bind(self._orders.listen, self._orders.settings)
         await self._server.start()
-        for shard in self._shards:
-            await shard.warm_up()
-        await self._server.health.serving()
+        for shard in [*self._shards.values()]:
+            with contextlib.suppress(ShardUnavailable):  # the others serve, and the host knows
+                await shard.warm_up()
+        await self._server.health.serving(self._pool.is_open)
 
     async def run(self) -> None:
         """Follow the host until it says Drain or is gone; then end everything.
 
         Raises the error of a task that failed: the host puts another worker in this one's place.
         """
-        work = (self._watch(), self._reporter.run(), _until(self._done))
+        work = (
+            self._watch(),
+            self._watch_shards(),
+            self._tell_health(),
+            self._reporter.run(),
+            self._token_meter.run(),
+            _until(self._done),
+        )
         self._tasks += [asyncio.create_task(coroutine) for coroutine in work]
         try:
             ended, _ = await asyncio.wait(self._tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -162,45 +194,96 @@ class Worker:
 
     async def _follow(self) -> None:
         """Do what the host says, also while draining."""
-        async with asyncio.TaskGroup() as draining:
+        async with asyncio.TaskGroup() as tasks:
             while True:
                 match await self._channel.receive():
+                    case Ask(ticket, ShardUp(slot, resident)):
+                        # Attached before the next message, which may be about this shard.
+                        shard = self._attach(slot, resident)
+                        if shard is None:
+                            self._channel.send(Answer(ticket))
+                        else:
+                            tasks.create_task(self._take_up(shard, ticket))
                     case Ask(ticket, question):
                         self._answer(ticket, question)
-                    case Loaded(shard, version):
-                        self._residents[shard].loaded(version)
-                    case LoadFailed(shard, key, reason):
-                        self._residents[shard].failed(key, reason)
+                    case Loaded(name, version) if name in self._residents:
+                        self._residents[name].loaded(version)
+                    case LoadFailed(name, key, reason) if name in self._residents:
+                        self._residents[name].failed(key, reason)
                     case ShardDied(name):
-                        self._end_shard(name)
+                        self._unheard.pop(name, None)
+                        self._lose(name)
                     case Drain(delay_s, grace_s):
-                        draining.create_task(self._drain(delay_s, grace_s))
+                        tasks.create_task(self._drain(delay_s, grace_s))
                     case None:  # the host is gone
                         self._done.set()
                         return
 
-    def _answer(self, ticket: int, question: ShowAdapter | Leave | TellUses | Flush) -> None:
+    def _answer(self, ticket: int, question: Question) -> None:
         match question:
             case ShowAdapter(tenant, adapter, served):
                 self._view.show(tenant, adapter, served)
                 self._channel.send(Answer(ticket))
-            case Leave(shard, key):
+            case FollowPlan(plan):
+                self._pool.follow(plan)
+                self._channel.send(Answer(ticket))
+            case Leave(shard, key) if shard in self._residents:
                 self._residents[shard].leave(key, lambda: self._channel.send(Answer(ticket)))
+            case Leave():  # the shard is gone, and the version with it
+                self._channel.send(Answer(ticket))
             case TellUses(shard):
-                self._channel.send(Answer(ticket, self._residents[shard].uses()))
+                residents = self._residents.get(shard)
+                self._channel.send(Answer(ticket, {} if residents is None else residents.uses()))
             case Flush():
                 self._reporter.flush()
                 self._channel.send(Answer(ticket))
 
-    def _end_shard(self, name: str) -> None:
-        self._dead_shards.add(name)
-        for shard in self._shards:
-            if shard.name == name:
-                shard.declare_dead()
-        # A call may be rendering, or blocked in a write: it does not see its engine's end.
+    def _attach(self, slot: ClientSlot, resident: Sequence[ServedVersion]) -> VllmShard | None:
+        """Drive a core; no request is sent there yet. Takes some 20 ms of the event loop.
+
+        None if it does not greet: it died just now, and the host says so if that is true.
+        """
+        try:
+            shard = VllmShard.attach(slot)
+        except TimeoutError as error:
+            logger.error("cannot attach to %s: %s", slot.shard, error)
+            self._unheard[slot.shard] = time.monotonic()
+            return None
+        self._shards[shard.name] = shard
+        self._residents[shard.name] = self._residents_of(shard)
+        self._residents[shard.name].all_loaded(resident)
+        return shard
+
+    async def _take_up(self, shard: VllmShard, ticket: int) -> None:
+        with contextlib.suppress(ShardUnavailable):  # it died again, and the host says so
+            await shard.warm_up()
+            if self._shards.get(shard.name) is shard:
+                self._pool.join(shard, self._residents[shard.name])
+                self._health_changed.set()
+        self._channel.send(Answer(ticket))
+
+    def _lose(self, name: str) -> None:
+        """A core is dead. Calls without a token are tried again by those who wait for them."""
+        shard = self._shards.pop(name, None)
+        if shard is None:
+            return
+        self._pool.leave(name)
+        residents = self._residents.pop(name)
+        residents.lose(name)
+        shard.declare_dead()
+        self._lost.append((shard, residents))
+        self._health_changed.set()
+        # One that is blocked in a write does not see its engine's end.
         for call in self._admission.calls:
-            if call.shard == name:
+            if call.shard == name and call.first_token_s is not None:
                 call.cut(ShardUnavailable(name))
+
+    async def _tell_health(self) -> None:
+        """Announce whether any shard is up, whenever that may have changed."""
+        while True:
+            await self._health_changed.wait()
+            self._health_changed.clear()
+            await self._server.health.serving(self._pool.is_open)
 
     async def _drain(self, delay_s: float, grace_s: float) -> None:
         """Health first, then no new calls, then time for running ones."""
@@ -222,12 +305,11 @@ class Worker:
         for residents in self._residents.values():
             await residents.close()
         await asyncio.to_thread(self._tracing.close)
-        for shard in self._shards:
+        for shard in (*self._shards.values(), *(shard for shard, _ in self._lost)):
             shard.close()
 
     async def _watch(self) -> None:
-        """Once a second: how late the loop was, how many streams wait for their reader, and
-        whether the engine can still be heard."""
+        """Once a second: how late the loop was, and how many streams wait for their reader."""
         while True:
             lag_s = 0.0
             for _ in range(LAG_SAMPLES_PER_S):
@@ -243,10 +325,22 @@ class Worker:
                     for call in self._admission.calls
                 )
             )
-            for shard in self._shards:
-                if shard.broken and shard.name not in self._dead_shards:
-                    # vLLM's output task ended: every call would fail, and health would not tell.
-                    logger.critical("cannot hear %s any more; the standby takes over", shard.name)
+
+    async def _watch_shards(self) -> None:
+        """Once a second: let go of shards that are gone, and find those that cannot be heard."""
+        while True:
+            await asyncio.sleep(1.0)
+            lost, self._lost = self._lost, []
+            for shard, residents in lost:
+                await residents.close()
+                shard.close()
+            for shard in [*self._shards.values()]:
+                if shard.broken:  # its core has died, or vLLM's output task here
+                    self._unheard[shard.name] = time.monotonic()
+                    self._lose(shard.name)
+            for name, since_s in self._unheard.items():
+                if time.monotonic() - since_s > UNHEARD_S:
+                    logger.critical("cannot hear %s any more; the standby takes over", name)
                     os._exit(1)
 
 

@@ -26,17 +26,16 @@ from gateway.channel import (
     Drain,
     Ended,
     Failed,
-    Flush,
     HostMessage,
     Imported,
-    Leave,
     Loaded,
     LoadFailed,
     Orders,
+    Question,
     Serving,
     ShardDied,
-    ShowAdapter,
-    TellUses,
+    Unasked,
+    Used,
     Want,
     WorkerMessage,
 )
@@ -83,6 +82,9 @@ TRANSITIONS: dict[WorkerState, frozenset[WorkerState]] = {
 }
 
 
+_AT_WORK = frozenset({WorkerState.ATTACHING, WorkerState.SERVING, WorkerState.DRAINING})
+
+
 class WorkerProcess:
     """One worker as the host sees it."""
 
@@ -106,6 +108,11 @@ class WorkerProcess:
         """Process id."""
         assert self._process.pid is not None
         return self._process.pid
+
+    @property
+    def at_work(self) -> bool:
+        """Whether it has got its orders: it has calls, or is about to."""
+        return self.state in _AT_WORK
 
     def move(self, state: WorkerState) -> None:
         """Go to another state. Raises ValueError for a move that is not in TRANSITIONS."""
@@ -154,7 +161,7 @@ class WorkerFleet:
         count: int,
         make_orders: Callable[[], Orders],
         after_death: Callable[[WorkerProcess], Awaitable[None]],
-        hear: Callable[[Want | Ended], None],
+        hear: Callable[[Unasked], None],
     ) -> None:
         """`make_orders` is asked for each worker that is put to work, and takes fresh slots;
         it may raise SlotsUsedUp. `after_death` cleans up after one that died. `hear` is told
@@ -203,23 +210,27 @@ class WorkerFleet:
     def tell(self, message: Loaded | LoadFailed | ShardDied) -> None:
         """Tell every worker that serves, is about to, or still finishes its calls."""
         for worker in self._workers:
-            if worker.slots:
+            if worker.at_work:
                 worker.channel.send(message)
 
-    def ask(
-        self, question: ShowAdapter | Leave | TellUses | Flush, timeout_s: float | None = None
-    ) -> Awaitable[list[Any]]:
+    def ask(self, question: Question, timeout_s: float | None = None) -> Awaitable[list[Any]]:
         """Ask every worker that has calls or will; awaited, the answers of all that lived, or
         after `timeout_s` those that have come.
 
         The question is sent before this returns. One that dies counts as having answered once
         what it left in the cores is aborted.
         """
-        asked = {worker for worker in self._workers if worker.slots} | self._dying
+        return self.ask_each(lambda worker: question, timeout_s)
+
+    def ask_each(
+        self, question_for: Callable[[WorkerProcess], Question], timeout_s: float | None = None
+    ) -> Awaitable[list[Any]]:
+        """The same, with a question of its own for each."""
+        at_work = {worker for worker in self._workers if worker.at_work}
         ticket = next(self._tickets)
-        self._questions[ticket] = _Question(asked)
-        for worker in asked:
-            worker.channel.send(Ask(ticket, question))
+        self._questions[ticket] = _Question(at_work | self._dying)
+        for worker in at_work:
+            worker.channel.send(Ask(ticket, question_for(worker)))
         return self._answers(ticket, timeout_s)
 
     async def _answers(self, ticket: int, timeout_s: float | None) -> list[Any]:
@@ -324,7 +335,7 @@ class WorkerFleet:
                     if (question := self._questions.get(ticket)) is not None:
                         question.answer(worker, value)
                     continue
-                case Want() | Ended():
+                case Want() | Ended() | Used():
                     self._hear(message)
                     continue
             self._assign()

@@ -110,7 +110,7 @@ def test_what_we_call_takes_what_we_pass(
                 *("model", "served_model_name", "dtype", "quantization", "max_model_len"),
                 *("max_num_seqs", "gpu_memory_utilization", "enable_lora", "max_loras"),
                 *("max_cpu_loras", "max_lora_rank", "otlp_traces_endpoint", "use_tqdm_on_load"),
-                "custom_histogram_buckets",
+                *("custom_histogram_buckets", "device_ids", "tensor_parallel_size"),
             ],
         ),
     ],
@@ -193,6 +193,15 @@ def test_the_logits_that_are_replaced_are_there_and_called_as_before() -> None:
     assert "self._get_logits(" in inspect.getsource(LogitsProcessor.forward)
     assert "self.base_layer = base_layer" in inspect.getsource(LogitsProcessorWithLoRA.__init__)
     assert "forward" in LogitsProcessorWithLoRA.__dict__, "it calls the base's with itself as self"
+
+
+def test_the_environment_says_where_a_cpu_engine_runs_and_how_long_a_client_waits_for_it() -> None:
+    from vllm.utils.ompmultiprocessing import OMPProcessManager
+    from vllm.v1.engine import core_client
+
+    binding = inspect.getsource(OMPProcessManager._parse_omp_threads_bind_env)
+    assert "envs.VLLM_CPU_OMP_THREADS_BIND" in binding and 'split("|")' in binding
+    assert "VLLM_ENGINE_READY_TIMEOUT_S * 1000" in inspect.getsource(core_client.MPClient.__init__)
 
 
 def test_our_limits_stay_within_those_that_end_vllms_gpu_runner() -> None:

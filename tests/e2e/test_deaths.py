@@ -8,14 +8,19 @@ import signal
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import grpc
 import psutil
+from google.rpc import error_details_pb2
+from grpc_health.v1 import health_pb2
+from grpc_health.v1.health_pb2_grpc import HealthStub
 
 from lora_gateway.v1 import inference_pb2 as pb
 from lora_gateway.v1.inference_pb2_grpc import InferenceStub
-from tests.details import error_info
+from tests.details import detail, error_info
 from tests.e2e.gateway_process import GatewayProcess, gateway_process
+from tests.e2e.shard_calls import core_of, until_up
 
 TAKEOVER_S = 5.0
 
@@ -85,33 +90,50 @@ async def test_worker_dies_and_the_standby_takes_over(gateway: GatewayProcess) -
             await asyncio.sleep(0.2)
 
 
-async def test_a_core_that_dies_ends_the_gateway_with_a_clear_line(
+async def test_the_only_core_dies_and_callers_are_told_to_come_back_until_it_is_replaced(
     adapters: Mapping[str, Path], tmp_path: Path
 ) -> None:
     with gateway_process(tmp_path, workers=1, adapters=adapters) as gateway:
-        family = gateway.family()
         async with grpc.aio.insecure_channel(gateway.address) as channel:
-            call = InferenceStub(channel).GenerateStream(long_request())
+            stub = InferenceStub(channel)
+            health: Any = HealthStub(channel)
+            asked = health_pb2.HealthCheckRequest()
+            assert (await health.Check(asked)).status == health_pb2.HealthCheckResponse.SERVING
+            call = stub.GenerateStream(long_request())
             await call.read()
-            core = next(
-                p
-                for p in family
-                if "EngineCore" in " ".join(p.cmdline()) or "EngineCore" in p.name()
-            )
+            core = core_of(gateway, "shard-0")
+            tree = [core, *core.children(recursive=True)]
             core.kill()
-            try:
-                while await call.read() is not grpc.aio.EOF:
-                    pass
-                raise AssertionError("a stream of a dead engine must not end with OK")
-            except grpc.aio.AioRpcError as error:
-                assert error.code() is grpc.StatusCode.UNAVAILABLE
-                assert error_info(error).reason == "SHARD_UNAVAILABLE"
-                assert int(error_info(error).metadata["tokens_emitted"]) > 0
-        assert await asyncio.to_thread(gateway.wait_exit, 40) != 0
-        assert "gateway serve: shard-0 ended: killed by SIGKILL" in gateway.log
+            error = await ending(call)
+            assert error.code() is grpc.StatusCode.UNAVAILABLE
+            assert error_info(error).reason == "SHARD_UNAVAILABLE"
+            assert int(error_info(error).metadata["tokens_emitted"]) > 0
+            _, alive = await asyncio.to_thread(psutil.wait_procs, tree, 10)
+            assert not alive, "no process of it is left"
+            refusal = await ending(stub.GenerateStream(long_request()))
+            assert refusal.code() is grpc.StatusCode.UNAVAILABLE
+            assert error_info(refusal).reason == "SHARD_UNAVAILABLE"
+            assert detail(refusal, error_details_pb2.RetryInfo).retry_delay.ToTimedelta()
+            assert (await health.Check(asked)).status == health_pb2.HealthCheckResponse.NOT_SERVING
+            assert gateway.metrics("gateway_shard_up", shard="shard-0") == [0.0]
+            await until_up(gateway, "shard-0", 1, 120)
+            answer = await stub.Generate(long_request(4), timeout=20)
+            assert answer.usage.completion_tokens == 4
+            assert (await health.Check(asked)).status == health_pb2.HealthCheckResponse.SERVING
+        assert "shard-0 ended: killed by SIGKILL" in gateway.log
         assert "Traceback" not in gateway.log
-        _, alive = psutil.wait_procs(family, timeout=10)
-        assert not alive, "no process is left"
+        gateway.signal(signal.SIGTERM)
+        assert await asyncio.to_thread(gateway.wait_exit, 60) == 0
+
+
+async def ending(call: Any) -> grpc.aio.AioRpcError:
+    """The error that a stream ends with."""
+    try:
+        while await call.read() is not grpc.aio.EOF:
+            pass
+    except grpc.aio.AioRpcError as error:
+        return error
+    raise AssertionError("a stream without an engine must not end with OK")
 
 
 async def test_nothing_is_left_when_the_host_is_killed(

@@ -44,13 +44,13 @@ class ScriptedProbe(Probe):
     """Finds what it is told to, when it may."""
 
     def __init__(self) -> None:
-        super().__init__(FakeShard())
+        super().__init__()
         self.probed: list[ServedVersion] = []
         self.says: dict[VersionKey, list[str] | Exception] = {}
         self.may_answer = asyncio.Event()
         self.may_answer.set()
 
-    async def findings(self, version: ServedVersion) -> list[str]:
+    async def findings(self, version: ServedVersion, shard: Shard) -> list[str]:
         self.probed.append(version)
         await self.may_answer.wait()
         said = self.says.get(version.key, [])

@@ -23,6 +23,7 @@ from engine.errors import (
 )
 from engine.generation import ServedVersion
 from engine.intake import GONE_FINDING, Announced
+from engine.shard import Shard
 from store.artifacts import WEIGHTS_FILE
 from store.records import Arm, NewVersion, RequestIdReused, VersionNotReady, VersionState
 from store.sources import SourceNotAllowed
@@ -118,9 +119,9 @@ class CuriousProbe(ScriptedProbe):
         self._catalog = at.catalog
         self.found: list[ServedVersion] = []
 
-    async def findings(self, version: ServedVersion) -> list[str]:
+    async def findings(self, version: ServedVersion, shard: Shard) -> list[str]:
         self.found.append(await self._catalog.find(version.key))
-        return await super().findings(version)
+        return await super().findings(version, shard)
 
 
 async def test_a_candidate_keeps_the_id_that_a_second_attempt_got(at: Library) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 
 from engine.errors import AdapterLoadFailed, AdapterNotFound, AdapterNotReady, VersionNotFound
@@ -9,6 +11,7 @@ from engine.fake import FakeShard
 from engine.generation import ServedVersion, VersionKey
 from engine.pool import Route, ServedAdapter, ServedView, ShardPool
 from engine.residents import Residents
+from engine.ring import AdapterKey, NoShardOpen, Plan, Reason, cap
 from engine.split import Split
 from store.records import Arm
 
@@ -155,3 +158,122 @@ async def test_a_lease_of_what_cannot_be_loaded_raises() -> None:
 def test_vllm_sees_tenant_adapter_and_version_as_one_name() -> None:
     version = ServedVersion("acme", "alpha", 3, 1, "/alpha", "digest")
     assert version.lora_name == "acme/alpha@3"
+
+
+# --- several shards ----------------------------------------------------------
+
+NAMES = ("shard-0", "shard-1", "shard-2")
+
+
+def several(wanted: list[tuple[str, VersionKey]] | None = None) -> ShardPool:
+    """A pool of three shards, which have loaded nothing; `wanted` is what is asked for."""
+    asked: list[tuple[str, VersionKey]] = [] if wanted is None else wanted
+
+    def residents(name: str) -> Residents:
+        return Residents(lambda key: asked.append((name, key)), nothing_in_core)
+
+    shards = [FakeShard(name) for name in NAMES]
+    return ShardPool(shards, {name: residents(name) for name in NAMES}, view())
+
+
+def keys(count: int) -> list[VersionKey]:
+    return [VersionKey("acme", f"adapter-{number}", 1) for number in range(count)]
+
+
+def test_adapters_are_spread_as_the_ring_says_and_each_stays_where_it_is() -> None:
+    one, other = several(), several()
+    for key in keys(50):
+        home = one.ring.ranked(AdapterKey(key.tenant, key.adapter))[0]
+        for pool in (one, other, one):
+            assert pool.route_to(key).shard.name == home
+        assert one.route_to(key._replace(version=2)).shard.name == home, "as all its versions"
+    assert {one.route_to(key).shard.name for key in keys(50)} == set(NAMES)
+
+
+async def test_the_base_model_goes_where_least_is_in_flight() -> None:
+    pool = several()
+    leases = []
+    for _ in range(6):
+        route = pool.route_to(None)
+        assert route.reason is Reason.LEAST_LOADED
+        leases.append(route.lease())
+        await leases[-1].__aenter__()
+    assert pool.route_to(None).in_flight == dict.fromkeys(NAMES, 2)
+    for lease in leases:
+        await lease.__aexit__(None, None, None)
+    assert pool.route_to(None).in_flight == dict.fromkeys(NAMES, 0)
+
+
+async def test_a_request_counts_from_the_moment_at_which_it_waits_for_its_version() -> None:
+    wanted: list[tuple[str, VersionKey]] = []
+    pool = several(wanted)
+    (key,) = keys(1)
+    route = pool.route_to(key)
+
+    async def run() -> None:
+        async with route.lease():
+            raise AssertionError("nobody loads it")
+
+    waiting = asyncio.create_task(run())
+    while not wanted:
+        await asyncio.sleep(0)
+    assert wanted == [(route.shard.name, key)]
+    assert route.in_flight[route.shard.name] == 1
+    waiting.cancel()
+    await asyncio.gather(waiting, return_exceptions=True)
+    assert set(route.in_flight.values()) == {0}
+
+
+async def test_above_the_cap_an_adapter_overflows_to_the_next_of_its_order() -> None:
+    pool = several()
+    (key,) = keys(1)
+    first, second, _ = pool.ring.ranked(AdapterKey(key.tenant, key.adapter))
+    for _ in range(cap(0, 3)):
+        route = pool.route_to(key)
+        assert (route.shard.name, route.reason) == (first, Reason.PLANNED)
+        await route.to(None).lease().__aenter__()
+    overflow = pool.route_to(key)
+    assert (overflow.shard.name, overflow.reason) == (second, Reason.OVERFLOW)
+
+
+def test_a_shard_that_left_gets_nothing_until_it_is_back() -> None:
+    pool = several()
+    (key,) = keys(1)
+    home = pool.route_to(key)
+    pool.leave(home.shard.name)
+    instead = pool.route_to(key)
+    assert instead.shard.name == pool.ring.ranked(AdapterKey(key.tenant, key.adapter))[1]
+    assert instead.reason is Reason.FAILOVER
+    assert [route.shard.name for route in pool.homes(key)] == [instead.shard.name]
+    pool.join(home.shard, home.residents)
+    assert pool.route_to(key).shard.name == home.shard.name
+    with pytest.raises(KeyError):
+        pool.join(FakeShard("shard-9"), home.residents)
+
+
+def test_shards_that_were_tried_are_left_out() -> None:
+    pool = several()
+    (key,) = keys(1)
+    ranked = pool.ring.ranked(AdapterKey(key.tenant, key.adapter))
+    assert pool.route_to(key, without=ranked[:1]).shard.name == ranked[1]
+    assert pool.route_to(None, without=NAMES[:2]).shard.name == NAMES[2]
+    with pytest.raises(NoShardOpen):
+        pool.route_to(key, without=NAMES)
+
+
+def test_without_a_shard_that_is_up_there_is_no_route() -> None:
+    pool = ShardPool([], {}, view(), NAMES)
+    (key,) = keys(1)
+    for ask in (lambda: pool.route_to(None), lambda: pool.route_to(key), lambda: pool.homes(key)):
+        with pytest.raises(NoShardOpen):
+            ask()
+
+
+def test_the_homes_of_a_version_are_its_replicas() -> None:
+    pool = several()
+    hot, cold = keys(2)
+    pool.follow(Plan(((AdapterKey(hot.tenant, hot.adapter), 2),), 1))
+    ranked = pool.ring.ranked(AdapterKey(hot.tenant, hot.adapter))
+    assert tuple(route.shard.name for route in pool.homes(hot)) == ranked[:2]
+    assert all(route.key == hot for route in pool.homes(hot))
+    assert len(pool.homes(cold)) == 1

@@ -64,7 +64,7 @@ class ScoringShard(FakeShard):
 
 
 async def findings(shard: ScoringShard) -> list[str]:
-    return await Probe(shard).findings(VERSION)
+    return await Probe().findings(VERSION, shard)
 
 
 async def test_a_version_that_changes_answers_passes() -> None:
@@ -103,14 +103,14 @@ async def test_a_version_that_answers_in_no_numbers_is_refused(
 
 
 async def test_without_scores_nothing_is_taken_for_a_change() -> None:
-    assert await Probe(FakeShard()).findings(VERSION) != []
+    assert await Probe().findings(VERSION, FakeShard()) != []
 
 
 async def test_the_base_model_is_asked_once_and_each_request_is_short_greedy_and_its_own() -> None:
     shard = ScoringShard()
-    probe = Probe(shard)
+    probe = Probe()
     for _ in range(2):
-        await probe.findings(VERSION)
+        await probe.findings(VERSION, shard)
     assert [number for _, number in shard.asked] == [0, 1, 1]
     requests = [request for request, _ in shard.asked]
     assert len({request.request_id for request in requests}) == 3
@@ -145,9 +145,9 @@ async def test_a_cancelled_probe_leaves_no_request() -> None:
 async def test_what_the_shard_raises_comes_through_and_is_not_kept(error: Exception) -> None:
     shard = ScoringShard()
     shard.answer_scores[1] = position(-1.5)
-    probe = Probe(shard)
+    probe = Probe()
     shard.fails = error
     with pytest.raises(type(error)):
-        await probe.findings(VERSION)
+        await probe.findings(VERSION, shard)
     shard.fails = None
-    assert await probe.findings(VERSION) == []
+    assert await probe.findings(VERSION, shard) == []

@@ -268,3 +268,22 @@ async def test_at_the_end_nobody_waits_any_more() -> None:
         assert all(future.cancelled() for future in ensured)
         with pytest.raises(ShardUnavailable):
             await at.residency.ensure(C)
+
+
+async def test_an_engine_that_is_gone_has_nothing_to_load_or_to_remove() -> None:
+    async with stage(2) as at:
+        await at.use(A)
+        at.core.may_load.clear()
+        holding = await at.process.residents.hold(A)
+        removing = asyncio.create_task(at.residency.remove(A))
+        loading = asyncio.ensure_future(at.residency.ensure(B))
+        await settled()
+        at.residency.lose()
+        await asyncio.wait_for(removing, 1)
+        with pytest.raises(ShardUnavailable):
+            await asyncio.wait_for(loading, 1)
+        assert at.residency.resident() == [] and at.residency.place(A) is None
+        with pytest.raises(ShardUnavailable):
+            await at.residency.ensure(A)
+        at.process.residents.release(holding)
+        at.core.may_load.set()

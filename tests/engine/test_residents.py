@@ -144,3 +144,18 @@ async def test_closing_ends_what_still_leaves() -> None:
     await process.core_asked.wait()
     await process.residents.close()
     assert process.left == []
+
+
+async def test_when_the_shard_is_gone_who_waits_is_told_and_holds_can_be_given_back() -> None:
+    process = Process()
+    process.residents.loaded(LOADED)
+    held = await process.residents.hold(KEY)
+    waiting = [
+        asyncio.create_task(process.residents.hold(KEY._replace(version=2))) for _ in range(2)
+    ]
+    await settled()
+    process.residents.lose("shard-0")
+    for failed in await asyncio.gather(*waiting, return_exceptions=True):
+        assert isinstance(failed, ShardUnavailable) and failed.shard == "shard-0"
+    process.residents.release(held)
+    assert process.residents.uses() == {}

@@ -173,7 +173,7 @@ async def test_what_a_shard_left_undone_is_said_and_goes_on_at_the_next_start(
         at.core.dead = True
         with caplog.at_level(logging.ERROR):
             await at.create(at.source("one"))
-            await happens(lambda: "left for the next start" in caplog.text)
+            await happens(lambda: "left for later" in caplog.text)
         assert await at.state(1) is VersionState.VALIDATING
     async with library(tmp_path) as at:
         await at.catalog.resume()

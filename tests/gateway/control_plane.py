@@ -1,4 +1,4 @@
-"""The real control plane over a fake shard, with a worker before it: all but model and checks.
+"""The real control plane over fake shards, with a worker before it: all but model and checks.
 
     client -> edge and relay -> Unix socket -> Adapters -> catalog -> registry (SQLite)
 
@@ -22,6 +22,7 @@ import grpc
 import pytest
 
 import engine.intake
+import engine.processors
 from engine.adapters import AdapterFacts
 from engine.base_model import BaseModules, ModelFingerprints
 from engine.errors import AdapterInvalid, GenerationFailed
@@ -59,8 +60,8 @@ Stub: TypeAlias = Any
 class LoadableShard(FakeShard):
     """A fake shard that loads adapters, and scores tokens differently with each."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, name: str = "shard-0") -> None:
+        super().__init__(name)
         self.loaded: list[VersionKey] = []
         """What is loaded now, in order."""
         self.refuses: dict[VersionKey, Exception] = {}
@@ -118,6 +119,8 @@ class Plane:
     control: ControlPlane
     registry: SqliteRegistry
     shard: LoadableShard
+    """The first one."""
+    shards: dict[str, LoadableShard]
     gateway: FakeGateway
     stub: Stub
     sources: Path
@@ -195,6 +198,7 @@ async def control_plane(
     shard: LoadableShard | None = None,
     model: Path = Path("no-model"),
     modules: BaseModules | None = None,
+    shards: int = 1,
     **settings: Any,
 ) -> AsyncIterator[Plane]:
     """A control plane with its state in `folder`. Opened there again, it goes on.
@@ -205,9 +209,11 @@ async def control_plane(
     sources, state = folder / "sources", folder / "state"
     for path in (sources, state):
         path.mkdir(exist_ok=True)
+    monkeypatch.setattr(engine.processors, "shares", lambda shards: [(0,)] * shards)
+    options = Settings(adapter_source_allow=[str(sources)], shards=shards, **settings)
     shard = shard or LoadableShard()
-    options = Settings(adapter_source_allow=[str(sources)], **settings)
-    engine_side: Any = shard  # for the types a VllmShard, of which it has all that is used
+    all_shards = [shard, *map(LoadableShard, options.shard_names[1:])]
+    engine_side: Any = all_shards  # for the types VllmShards, of which they have all that is used
     database = state / "registry.sqlite"
     async with SqliteRegistry(database) as registry, SqliteJobs(database) as jobs:
         control = ControlPlane(
@@ -227,7 +233,8 @@ async def control_plane(
         gateway = await start_fake_gateway(Script(), host=control.address)
         try:
             stub: Stub = AdaptersStub(gateway.channel)
-            yield Plane(control, registry, shard, gateway, stub, sources)
+            by_name = {shard.name: shard for shard in all_shards}
+            yield Plane(control, registry, shard, by_name, gateway, stub, sources)
         finally:
             await gateway.close()
             await control.close()

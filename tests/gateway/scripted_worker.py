@@ -15,24 +15,22 @@ import gateway.workers
 from engine.base_model import ModelFingerprints
 from engine.core import ClientSlot
 from engine.pool import ServedView
+from engine.ring import NO_REPLICAS
+from engine.shard import ModelInfo
 from gateway.channel import (
     Answer,
     Ask,
     Channel,
     Drain,
-    Ended,
-    Flush,
     HostMessage,
     Imported,
-    Leave,
     Loaded,
     LoadFailed,
     Orders,
+    Question,
     Serving,
     ShardDied,
-    ShowAdapter,
-    TellUses,
-    Want,
+    Unasked,
     WorkerMessage,
 )
 from gateway.settings import Settings
@@ -41,7 +39,6 @@ from gateway.workers import WorkerFleet, WorkerProcess, WorkerState
 SILENT = object()
 """What a script returns for a question that it leaves open."""
 
-Question = ShowAdapter | Leave | TellUses | Flush
 Script = Callable[["ScriptedWorker", Question], Any]
 """The answer to a question, or SILENT."""
 
@@ -108,7 +105,7 @@ async def _nothing(worker: WorkerProcess) -> None:
     return None
 
 
-def _deaf(message: Want | Ended) -> None:
+def _deaf(message: Unasked) -> None:
     return None
 
 
@@ -119,7 +116,7 @@ async def serving_fleet(
     script: Script,
     *,
     after_death: Callable[[WorkerProcess], Awaitable[None]] = _nothing,
-    hear: Callable[[Want | Ended], None] = _deaf,
+    hear: Callable[[Unasked], None] = _deaf,
 ) -> AsyncIterator[tuple[WorkerFleet, list[ScriptedWorker]]]:
     """A fleet of `count` workers that serve, and those workers in the order of their start."""
 
@@ -146,10 +143,13 @@ def orders() -> Orders:
     slots: list[Any] = [Slot()]
     return Orders(
         slots=slots,
+        shards=["shard-0"],
+        model=ModelInfo("float32", "", "Llama", 1024, 512, "", ""),
         listen="127.0.0.1:0",
         control_address="unix:/nowhere",
         settings=Settings(),
         fingerprints=ModelFingerprints("", "", "", ""),
         view=ServedView(),
         resident={},
+        plan=NO_REPLICAS,
     )

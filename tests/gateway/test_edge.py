@@ -346,3 +346,17 @@ async def test_reflection_answers_under_both_names(fake: FakeGateway, version: s
     answer = await call.read()
     names = {service.name for service in answer.list_services_response.service}
     assert {"lora_gateway.v1.Inference", "lora_gateway.v1.Adapters"} <= names
+
+
+async def test_health_tells_that_no_shard_is_up_and_when_one_is_back(fake: FakeGateway) -> None:
+    health: Any = HealthStub(fake.channel)
+    watch = health.Watch(health_pb2.HealthCheckRequest())
+    assert (await watch.read()).status == health_pb2.HealthCheckResponse.SERVING
+    await fake.server.health.serving(False)
+    assert (await watch.read()).status == health_pb2.HealthCheckResponse.NOT_SERVING
+    await fake.server.health.serving(True)
+    assert (await watch.read()).status == health_pb2.HealthCheckResponse.SERVING
+    fake.server.health.drain()
+    await fake.server.health.serving(True)
+    answer = await health.Check(health_pb2.HealthCheckRequest())
+    assert answer.status == health_pb2.HealthCheckResponse.NOT_SERVING, "a drain is for good"

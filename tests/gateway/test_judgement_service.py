@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 
-from gateway.channel import Ended, Flush, Want
+from gateway.channel import Ended, Flush, Question, Unasked
 from gateway.control import ControlPlane
 from lora_gateway.v1 import adapters_pb2 as pb
 from tests.gateway.control_plane import Plane, control_plane
 from tests.gateway.outcomes import failure, outcome
 from tests.gateway.promises import refused
-from tests.gateway.scripted_worker import Question, ScriptedWorker, serving_fleet
+from tests.gateway.scripted_worker import ScriptedWorker, serving_fleet
 
 
 @contextlib.asynccontextmanager
@@ -30,7 +30,7 @@ async def judged(
     """
     controls: list[ControlPlane] = []
 
-    def hear(message: Want | Ended) -> None:
+    def hear(message: Unasked) -> None:
         controls[0].hear(message)
 
     def script(worker: ScriptedWorker, question: Question) -> Any:

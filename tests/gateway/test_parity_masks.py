@@ -155,7 +155,7 @@ async def previewed(
     training: Side, serving: Side, dataset: Path, line: int
 ) -> pb.PreviewTokensResponse:
     """What PreviewTokens answers."""
-    previews = Previews(training.preparations, serving.shard)
+    previews = Previews(training.preparations, lambda: serving.shard)
     return await previews.preview(record(), dataset, line, DATA)
 
 

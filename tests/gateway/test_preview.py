@@ -54,7 +54,7 @@ class RenderingShard:
 
 
 async def shown(shard: RenderingShard, row: OneRow | None = None) -> Any:
-    previews = Previews(cast(Preparations, row or OneRow()), cast(Shard, shard))
+    previews = Previews(cast(Preparations, row or OneRow()), lambda: cast(Shard, shard))
     return await previews.preview(RECORD, Path("d"), 1, DataSpec())
 
 

@@ -23,16 +23,19 @@ from gateway.channel import (
     Loaded,
     LoadFailed,
     Orders,
+    Question,
+    ShardDied,
+    ShardUp,
     ShowAdapter,
     TellUses,
-    Want,
+    Unasked,
 )
 from gateway.processes import Processes
 from gateway.workers import WorkerFleet, WorkerProcess
 from store.records import Arm
 from tests.gateway.conftest import ALPHA
 from tests.gateway.outcomes import outcome
-from tests.gateway.scripted_worker import SILENT, Question, ScriptedWorker, serving_fleet
+from tests.gateway.scripted_worker import SILENT, ScriptedWorker, serving_fleet
 
 BETA = VersionKey("default", "beta", 1)
 SHARD = "shard-0"
@@ -217,7 +220,7 @@ async def test_a_worker_that_dies_has_answered_once_its_requests_are_aborted(
 async def test_outcomes_arrive_before_a_flush_returns(
     monkeypatch: pytest.MonkeyPatch, residents: Residents
 ) -> None:
-    heard: list[Want | Ended] = []
+    heard: list[Unasked] = []
 
     def script(worker: ScriptedWorker, question: Question) -> Any:
         worker.host.send(Ended([outcome(request_id=f"of-{worker.number}")]))
@@ -258,5 +261,54 @@ async def test_without_workers_nobody_is_waited_for(residents: Residents) -> Non
         assert await processes.uses(SHARD) == {}
 
 
-def outcomes_in(message: Want | Ended) -> list[Any]:
+def outcomes_in(message: Unasked) -> list[Any]:
     return list(message.outcomes) if isinstance(message, Ended) else []
+
+
+class Slot:
+    """A worker's way into a new core."""
+
+    def __init__(self) -> None:
+        self.closed = 0
+
+    def close(self) -> None:
+        self.closed += 1
+
+
+async def test_each_worker_gets_a_slot_of_its_own_on_a_shard_that_is_back(
+    monkeypatch: pytest.MonkeyPatch, residents: Residents
+) -> None:
+    taken: list[Any] = []
+
+    def take_slot() -> Any:
+        taken.append(Slot())
+        return taken[-1]
+
+    def script(worker: ScriptedWorker, question: Question) -> Any:
+        assert isinstance(question, ShardUp) and question.resident == [ALPHA]
+        return None
+
+    async with serving_fleet(monkeypatch, 2, script) as (fleet, workers):
+        processes = processes_of(fleet, residents)
+        processes.lose(SHARD)
+        async with asyncio.timeout(TIMEOUT_S):
+            await processes.admit(SHARD, [ALPHA], take_slot)
+        assert len(taken) == 2 and {worker.slots[-1] for worker in workers} == set(taken)
+        assert [slot.closed for slot in taken] == [1, 1], "they have copies of their own"
+        for worker in workers:
+            assert any(isinstance(message, ShardDied) for message in worker.heard)
+
+
+async def test_of_a_shard_that_is_gone_the_host_uses_nothing(residents: Residents) -> None:
+    async def nothing(worker: WorkerProcess) -> None:
+        return None
+
+    def no_orders() -> Any:
+        raise AssertionError
+
+    processes = processes_of(WorkerFleet(0, no_orders, nothing, lambda message: None), residents)
+    processes.drop_own(SHARD)
+    processes.loaded(SHARD, ALPHA)
+    processes.failed(SHARD, ALPHA.key, "gone")
+    async with asyncio.timeout(TIMEOUT_S):
+        assert await processes.uses(SHARD) == {}

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from cryptography.hazmat.primitives import serialization
 
-from gateway.settings import Settings, SettingsError, is_loopback
+from gateway.address import is_loopback
+from gateway.settings import Settings, SettingsError
 from tests.gateway.certificates import Authority
 
 FIELDS = Settings.model_fields
@@ -52,7 +53,7 @@ def test_without_flags_and_environment_there_are_the_documented_defaults() -> No
     assert (settings.default_max_tokens, settings.default_temperature) == (512, 0.7)
     assert settings.default_unary_deadline_s == 30
     assert settings.default_stream_deadline_s == 300
-    assert settings.workers == 1
+    assert (settings.workers, settings.shards, settings.devices_per_shard) == (1, 1, 1)
     assert not settings.insecure
 
 

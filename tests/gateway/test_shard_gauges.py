@@ -30,7 +30,7 @@ class Core:
 async def page(answer: Callable[[], Awaitable[Load]]) -> dict[tuple[str, str], float]:
     """Values by name and reason, as a scrape of another thread sees them."""
     registry = CollectorRegistry()
-    registry.register(ShardGauges("tiny", Core(answer)))
+    registry.register(ShardGauges("tiny", lambda: [Core(answer)]))
     text = (await asyncio.to_thread(generate_latest, registry)).decode()
     found = {}
     for family in text_string_to_metric_families(text):

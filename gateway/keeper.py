@@ -1,0 +1,267 @@
+"""One shard as the host keeps it: a core that runs, and another one when that dies.
+
+    STARTING -> UP -> DEAD -> REBUILDING -> WARMING -> UP -> ...
+                       ^----------'------------'
+
+A core is dead when its process ended, and also when it does not answer for so long that it never
+will: then all its processes are killed first. What belongs on the new one is loaded before anybody
+may use it (ADR 0010).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+import logging
+import os
+import time
+from collections.abc import Callable, Coroutine
+from typing import Any, Protocol
+
+from engine.core import ClientSlot, EngineConfig, EngineCore, EngineOptions, Environment
+from engine.errors import CoreFailed, ShardUnavailable
+from engine.shard import VllmShard
+from gateway import metrics
+from gateway.restarts import Restarts
+
+logger = logging.getLogger(__name__)
+
+ASK_INTERVAL_S = 1.0
+"""How often a core is asked whether it still answers."""
+
+
+class KeeperState(enum.Enum):
+    """Where a shard stands."""
+
+    STARTING = "starting"
+    UP = "up"
+    DEAD = "dead"
+    """Its core is gone, and the next one waits for its turn."""
+    REBUILDING = "rebuilding"
+    WARMING = "warming"
+    """The core runs, and loads adapters. Nobody else uses it."""
+    STOPPED = "stopped"
+
+
+TRANSITIONS: dict[KeeperState, frozenset[KeeperState]] = {
+    KeeperState.STARTING: frozenset({KeeperState.UP, KeeperState.STOPPED}),
+    KeeperState.UP: frozenset({KeeperState.DEAD, KeeperState.STOPPED}),
+    KeeperState.DEAD: frozenset({KeeperState.REBUILDING, KeeperState.STOPPED}),
+    KeeperState.REBUILDING: frozenset({KeeperState.WARMING, KeeperState.DEAD, KeeperState.STOPPED}),
+    KeeperState.WARMING: frozenset({KeeperState.UP, KeeperState.DEAD, KeeperState.STOPPED}),
+    KeeperState.STOPPED: frozenset(),
+}
+
+
+class Cause(enum.Enum):
+    """Why a core was started again; the values are a metric's label."""
+
+    DIED = "died"
+    STALLED = "stalled"
+    START_FAILED = "start_failed"
+
+
+class Followers(Protocol):
+    """All who use a shard, and follow its fate."""
+
+    def lose(self, shard: str) -> None:
+        """The core is dead: nobody uses it any more, and whoever waits for it is told."""
+
+    async def prepare(self, shard: VllmShard) -> None:
+        """Load what belongs on a new core, which nobody uses yet. Raises ShardUnavailable."""
+
+    def admit(self, shard: str, take_slot: Callable[[], ClientSlot]) -> Coroutine[Any, Any, None]:
+        """Have all use it, before the first wait; then wait until they do. The slots are for
+        workers."""
+
+
+class ShardKeeper:
+    """Keeps one shard up. Owned by the supervisor, which calls `start`, `keep` and `stop`."""
+
+    def __init__(
+        self,
+        name: str,
+        options: EngineOptions,
+        environment: Environment,
+        stall_timeout_s: float,
+        restarts: Restarts | None = None,
+    ) -> None:
+        """Cores are started in this `environment`. One that does not answer for
+        `stall_timeout_s` is killed."""
+        self.name = name
+        self.state = KeeperState.STARTING
+        self.shard: VllmShard | None = None
+        """The host's client of the core; None while there is none."""
+        self.settled = False
+        """Whether the gateway serves: until then it ends with any core that dies."""
+        self._options = options
+        self._environment = environment
+        self._stall_timeout_s = stall_timeout_s
+        self._restarts = restarts or Restarts()
+        self._core: EngineCore | None = None
+
+    def move(self, state: KeeperState) -> None:
+        """Go to another state. Raises ValueError for a move that is not in TRANSITIONS."""
+        if state not in TRANSITIONS[self.state]:
+            raise ValueError(f"{self.name} cannot go from {self.state} to {state}")
+        self.state = state
+        metrics.shard_up.labels(self.name).set(state is KeeperState.UP)
+
+    async def start(self, config: EngineConfig | None = None) -> None:
+        """Start the first core. `config` is what the options build. Raises CoreFailed."""
+        try:
+            await self._build(config)
+        except ShardUnavailable as error:
+            raise CoreFailed(f"{self.name} ended as soon as it had started") from error
+        self.move(KeeperState.UP)
+        self._restarts.up()
+
+    async def keep(self, followers: Followers) -> None:
+        """Put another core in the place of each that dies, until cancelled.
+
+        Raises CoreFailed, which says how it did, if one dies before `settled` is set.
+        """
+        while True:
+            cause = await self._death()
+            died_s = time.monotonic()
+            self.move(KeeperState.DEAD)
+            reason = await self._bury(followers, cause)
+            if not self.settled:
+                raise CoreFailed(f"{self.name} ended: {reason}; the gateway ends with it")
+            logger.error("%s ended: %s", self.name, reason)
+            await self._replace(followers, cause)
+            took_s = time.monotonic() - died_s
+            metrics.engine_recovery.labels(self.name).observe(took_s)
+            logger.info("%s is up again after %.1f s", self.name, took_s)
+
+    def take_slot(self) -> ClientSlot:
+        """A fresh slot of the core, for a worker. Raises SlotsUsedUp."""
+        assert self._core is not None, "only a core that runs has slots"
+        slot = self._core.take_slot()
+        metrics.client_slots_left.labels(self.name).set(self._core.slots_left)
+        return slot
+
+    async def abort_client(self, slot: ClientSlot) -> int:
+        """Abort what came through this slot, whose process is gone. Returns how many that were.
+
+        Raises ShardUnavailable.
+        """
+        if self._core is None or self.shard is None or not self._core.issued(slot):
+            return 0  # that core is gone, with all that it ran
+        return int(await self.shard.call_core("gateway_abort_client", slot.index))
+
+    async def stop(self) -> None:
+        """End the core, in order if it lives. `keep` was cancelled."""
+        core, shard = self._core, self.shard
+        alive = self.state is not KeeperState.DEAD
+        if self.state is not KeeperState.STOPPED:
+            self.move(KeeperState.STOPPED)
+        if core is not None:
+            in_order = shard is not None and alive
+            await core.stop(self._ask_to_stop if in_order else None)
+        if shard is not None:
+            shard.close()
+
+    async def _ask_to_stop(self) -> None:
+        assert self.shard is not None
+        await self.shard.call_core("gateway_stop")
+
+    async def _build(self, config: EngineConfig | None = None) -> VllmShard:
+        """Start a core, drive it, and generate one token. Raises CoreFailed, ShardUnavailable."""
+        if config is None:
+            config = await asyncio.to_thread(self._options.build_config)
+        self._core = core = await EngineCore.start(self.name, config, self._environment)
+        self.shard = shard = VllmShard.attach(core.take_slot())
+
+        async def try_out() -> None:
+            pids = await shard.call_core("gateway_adopt", os.getpid())
+            core.adopt(pids)
+            await shard.warm_up()
+            logger.info("%s runs in process %d", self.name, pids[0])
+
+        await self._unless_dead(try_out())
+        return shard
+
+    async def _death(self) -> Cause:
+        """Wait until the core has ended, or has not answered for too long."""
+        assert self._core is not None and self.shard is not None
+        ending = asyncio.create_task(self._core.ended())
+        silence = asyncio.create_task(_silence(self.shard, self._stall_timeout_s))
+        try:
+            await asyncio.wait((ending, silence), return_when=asyncio.FIRST_COMPLETED)
+            return Cause.DIED if ending.done() or self.shard.broken else Cause.STALLED
+        finally:
+            ending.cancel()
+            silence.cancel()
+            await asyncio.gather(ending, silence, return_exceptions=True)
+
+    async def _unless_dead(self, work: Coroutine[Any, Any, None]) -> None:
+        """Do `work`, which uses the core. Raises ShardUnavailable if the core dies meanwhile."""
+        working, dying = asyncio.create_task(work), asyncio.create_task(self._death())
+        try:
+            await asyncio.wait((working, dying), return_when=asyncio.FIRST_COMPLETED)
+            if not working.done():
+                raise ShardUnavailable(self.name)
+            working.result()
+        finally:
+            working.cancel()
+            dying.cancel()
+            await asyncio.gather(working, dying, return_exceptions=True)
+
+    async def _bury(self, followers: Followers, cause: Cause) -> str:
+        """Tell all, and end what is left of the core. Returns how it ended, for people."""
+        followers.lose(self.name)
+        shard, self.shard = self.shard, None
+        core, self._core = self._core, None
+        if shard is not None:
+            shard.declare_dead()
+        reason = f"did not answer for {self._stall_timeout_s:g} s, and was killed"
+        if cause is Cause.STALLED:
+            logger.error("%s has not answered for %g s: killed", self.name, self._stall_timeout_s)
+        if core is not None:
+            if cause is Cause.DIED:
+                reason = await asyncio.to_thread(core.exit_reason)
+            await core.stop()
+        if shard is not None:
+            shard.close()
+        return reason
+
+    async def _replace(self, followers: Followers, cause: Cause) -> None:
+        """Start cores until one is up."""
+        while True:
+            delay_s = self._restarts.died()
+            if self._restarts.breaker_open:
+                logger.critical("%s dies again and again; next try in %g s", self.name, delay_s)
+            await asyncio.sleep(delay_s)
+            metrics.shard_restarts.labels(self.name, cause.value).inc()
+            self.move(KeeperState.REBUILDING)
+            try:
+                await self._revive(followers)
+                return
+            except (CoreFailed, ShardUnavailable) as error:
+                logger.error("%s could not be started again: %s", self.name, error)
+            except Exception:  # whatever it is, the other shards serve on
+                logger.exception("%s could not be started again", self.name)
+            self.move(KeeperState.DEAD)
+            cause = Cause.START_FAILED
+            await self._bury(followers, cause)
+
+    async def _revive(self, followers: Followers) -> None:
+        shard = await self._build()
+        self.move(KeeperState.WARMING)
+        await self._unless_dead(followers.prepare(shard))
+
+        async def admit() -> None:
+            # No step in between: a worker gets its slot with its orders from now on, and those
+            # who have theirs get one here.
+            self.move(KeeperState.UP)
+            self._restarts.up()
+            await followers.admit(self.name, self.take_slot)
+
+        await self._unless_dead(admit())
+
+
+async def _silence(shard: VllmShard, timeout_s: float) -> None:
+    """Wait until the core has not answered for so long, or has said that it is dead."""
+    while not shard.broken and await shard.answers(timeout_s):  # noqa: ASYNC110  # it tells no one
+        await asyncio.sleep(ASK_INTERVAL_S)

@@ -1,0 +1,35 @@
+"""How many calls may be tried a second time at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from gateway.admission import Admission
+
+LEAST = 3
+SHARE = 0.1
+"""Of the requests that are generated. When a shard of two dies, half of all calls want to be tried
+again; all of them at once would be twice the load for the shard that is left."""
+
+
+class RetryBudget:
+    """The second tries of one worker."""
+
+    def __init__(self, admission: Admission) -> None:
+        self._admission = admission
+        self._running = 0
+
+    @property
+    def has_room(self) -> bool:
+        """Whether one more may be tried again now."""
+        return self._running < max(LEAST, SHARE * self._admission.held)
+
+    @contextmanager
+    def retry(self) -> Iterator[None]:
+        """Count a second try while it runs."""
+        self._running += 1
+        try:
+            yield
+        finally:
+            self._running -= 1

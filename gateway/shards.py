@@ -1,0 +1,149 @@
+"""The shards as the host holds them: what each has loaded, and who is up.
+
+    core runs -> join -> warm -> open: the ring places requests on it -> lose -> join -> ...
+
+Owned by the control plane.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Mapping, Sequence
+
+from engine.errors import EngineError, ShardUnavailable
+from engine.generation import ServedVersion, VersionKey
+from engine.pool import ServedView, ShardPool
+from engine.residency import Residency, Versions
+from engine.residents import Residents
+from engine.ring import AdapterKey, ShardState
+from engine.shard import VllmShard
+from gateway import metrics
+from gateway.processes import Processes
+
+logger = logging.getLogger(__name__)
+
+
+class Shards:
+    """All shards of one gateway, for the host's own requests and for those who load."""
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        places: int,
+        versions: Versions,
+        processes: Processes,
+        view: ServedView,
+    ) -> None:
+        """`names` are those of all shards; each has so many `places` for adapters."""
+        self.pool = ShardPool((), {}, view, names)
+        self.residencies: dict[str, Residency] = {}
+        """Of the shards whose cores run."""
+        self._residents: dict[str, Residents] = {}
+        self._joined: dict[str, VllmShard] = {}
+        self._places = places
+        self._versions = versions
+        self._processes = processes
+        self._view = view
+        self._tasks: asyncio.TaskGroup | None = None
+        self._runs: dict[str, asyncio.Task[None]] = {}
+        """Loads that run, by shard."""
+        self._lost: dict[str, list[VersionKey]] = {}
+        """What a shard had loaded when its core died."""
+
+    @property
+    def resident(self) -> Mapping[str, Sequence[ServedVersion]]:
+        """What each shard has loaded now."""
+        return {name: residency.resident() for name, residency in self.residencies.items()}
+
+    async def run(self) -> None:
+        """Load what is wanted, until cancelled."""
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                self._tasks = tasks
+                for residency in self.residencies.values():
+                    self._runs[residency.shard] = tasks.create_task(residency.run())
+                await asyncio.Event().wait()
+        finally:
+            self._tasks = None  # a core may die while the gateway ends
+
+    def join(self, shard: VllmShard) -> None:
+        """Load adapters on this shard when they are wanted there. Nobody is sent there yet."""
+        residency = Residency(
+            shard,
+            self._places,
+            self._versions,
+            self._processes,
+            metrics.observe_load,
+            metrics.observe_resident,
+        )
+        metrics.observe_resident(shard.name, 0)
+        residents = Residents(residency.want, shard.requests_of)
+        self._processes.add_own(shard.name, residents)
+        self.residencies[shard.name] = residency
+        self._residents[shard.name] = residents
+        self._joined[shard.name] = shard
+        if self._tasks is not None:
+            self._runs[shard.name] = self._tasks.create_task(residency.run())
+
+    async def warm(self, name: str) -> None:
+        """Load what belongs on a shard that is new, as far as it is in use. Raises
+        ShardUnavailable."""
+        residency = self.residencies[name]
+        for key in self._belonging(name)[: self._places]:
+            try:
+                await residency.ensure(key)
+            except ShardUnavailable:
+                raise
+            except EngineError as error:  # the first request tries again
+                logger.warning("%s: %s is not loaded again: %s", name, key, error)
+
+    def open(self, name: str) -> None:
+        """Send requests to this shard from now on."""
+        self.pool.join(self._joined[name], self._residents[name])
+        self._lost.pop(name, None)
+
+    def lose(self, name: str) -> None:
+        """The core is gone, and what it had loaded."""
+        self.pool.leave(name)
+        residency = self.residencies.pop(name, None)
+        if residency is None:
+            return
+        loaded = [version.key for version in residency.resident()]
+        self._lost[name] = [*dict.fromkeys([*loaded, *self._lost.get(name, ())])]
+        residency.lose()
+        if (run := self._runs.pop(name, None)) is not None:
+            run.cancel()
+        residents = self._residents.pop(name)
+        residents.lose(name)
+        if self._tasks is not None:
+            self._tasks.create_task(residents.close())
+        del self._joined[name]
+        self._processes.drop_own(name)
+        metrics.observe_resident(name, 0)
+
+    def _belonging(self, name: str) -> list[VersionKey]:
+        """What has traffic and is at home on that shard, of all that it or another one had in use
+        lately: the others stood in for it."""
+        ring = self.pool.ring.with_state(name, ShardState.UP)
+        elsewhere = [version.key for loaded in self.resident.values() for version in loaded]
+        return [
+            key
+            for key in dict.fromkeys([*self._lost.get(name, ()), *elsewhere])
+            if name in ring.replicas(AdapterKey(key.tenant, key.adapter))
+            and key.version in self._with_traffic(key)
+        ]
+
+    def _with_traffic(self, key: VersionKey) -> set[int]:
+        served = self._view.tenants.get(key.tenant, {}).get(key.adapter)
+        return set() if served is None else {arm.version for arm in served.split.arms}
+
+    def want(self, shard: str, key: VersionKey) -> None:
+        """A worker waits for this version on the shard."""
+        if (residency := self.residencies.get(shard)) is not None:
+            residency.want(key)
+
+    async def close(self) -> None:
+        """Stop waiting for what leaves. `run` has ended."""
+        for residents in self._residents.values():
+            await residents.close()

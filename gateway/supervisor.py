@@ -1,0 +1,88 @@
+"""The supervisor: all shards of the host, from their start to their end."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable
+
+from engine.core import ClientSlot, EngineConfig
+from engine.shard import ModelInfo, VllmShard
+from gateway.keeper import Followers, KeeperState, ShardKeeper
+
+STARTS_AT_ONCE = 8
+"""Cores that load at the same time. Each has a thread of the host's wait for it."""
+
+
+class Supervisor:
+    """Starts the cores, keeps them up and ends them. Owned by the host, which calls `stop`."""
+
+    def __init__(self, keepers: Iterable[ShardKeeper]) -> None:
+        self._keepers = {keeper.name: keeper for keeper in keepers}
+        self._model: ModelInfo | None = None
+
+    @property
+    def shards(self) -> list[VllmShard]:
+        """The host's clients of the cores that run."""
+        keepers = self._keepers.values()
+        return [keeper.shard for keeper in keepers if keeper.shard is not None]
+
+    @property
+    def model(self) -> ModelInfo:
+        """What each shard serves."""
+        assert self._model is not None, "a core was started"
+        return self._model
+
+    async def start(self, config: EngineConfig) -> None:
+        """Start all cores. `config` is the first one's.
+
+        The first fills the caches of compiled code, and the others start beside each other.
+        Raises CoreFailed for the first that cannot start; the others are ended then.
+        """
+        first, *others = self._keepers.values()
+        await first.start(config)
+        turns = asyncio.Semaphore(STARTS_AT_ONCE)
+
+        async def start(keeper: ShardKeeper) -> None:
+            async with turns:
+                await keeper.start()
+
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                for keeper in others:
+                    tasks.create_task(start(keeper))
+        except ExceptionGroup as errors:
+            raise errors.exceptions[0] from None
+        self._model = self.shards[0].info
+
+    async def keep(self, followers: Followers) -> None:
+        """Put another core in the place of each that dies, until cancelled.
+
+        Raises CoreFailed if one dies before `settle`.
+        """
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                for keeper in self._keepers.values():
+                    tasks.create_task(keeper.keep(followers))
+        except ExceptionGroup as errors:
+            raise errors.exceptions[0] from None
+
+    def settle(self) -> None:
+        """The gateway serves: it goes on when a core dies."""
+        for keeper in self._keepers.values():
+            keeper.settled = True
+
+    def take_slots(self) -> list[ClientSlot]:
+        """A fresh slot of each shard that is up, for a worker. Raises SlotsUsedUp."""
+        keepers = self._keepers.values()
+        return [keeper.take_slot() for keeper in keepers if keeper.state is KeeperState.UP]
+
+    async def abort_client(self, slot: ClientSlot) -> int:
+        """Abort what came through this slot, whose process is gone. Returns how many that were.
+
+        Raises ShardUnavailable.
+        """
+        return await self._keepers[slot.shard].abort_client(slot)
+
+    async def stop(self) -> None:
+        """End all cores, in order if they live. `keep` was cancelled."""
+        await asyncio.gather(*(keeper.stop() for keeper in self._keepers.values()))

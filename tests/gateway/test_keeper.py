@@ -1,0 +1,278 @@
+"""A shard through its states: cores that start, die, hang and do not start, over fake ones."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import AsyncIterator, Callable
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import pytest_asyncio
+
+from engine.core import EngineOptions
+from engine.errors import CoreFailed, ShardUnavailable
+from gateway import keeper as module
+from gateway import metrics
+from gateway.keeper import TRANSITIONS, KeeperState, ShardKeeper
+from gateway.restarts import Restarts
+
+STARTING, UP, DEAD = KeeperState.STARTING, KeeperState.UP, KeeperState.DEAD
+REBUILDING, WARMING, STOPPED = KeeperState.REBUILDING, KeeperState.WARMING, KeeperState.STOPPED
+ALLOWED = {
+    (STARTING, UP),
+    *itertools.pairwise((UP, DEAD, REBUILDING, WARMING, UP)),
+    (REBUILDING, DEAD),
+    (WARMING, DEAD),
+    *((state, STOPPED) for state in KeeperState if state is not STOPPED),
+}
+TIMEOUT_S = 5.0
+STALL_S = 0.05
+
+
+class FakeShard:
+    """The host's client of a fake core."""
+
+    def __init__(self, core: FakeCore) -> None:
+        self.name = "shard-1"
+        self.core = core
+        self.broken = False
+        self.closed = False
+        self.called: list[str] = []
+        self.dead = asyncio.Event()
+
+    async def call_core(self, utility: str, *arguments: int) -> Any:
+        self.called.append(utility)
+        return [4711] if utility == "gateway_adopt" else 3
+
+    async def warm_up(self) -> None:
+        if self.core.hangs_at_first:
+            await self.dead.wait()
+            raise ShardUnavailable(self.name)
+
+    async def answers(self, timeout_s: float) -> bool:
+        if self.core.stopped:
+            await asyncio.sleep(timeout_s)
+        return not self.core.stopped
+
+    def declare_dead(self) -> None:
+        self.broken = True
+        self.dead.set()
+
+    def close(self) -> None:
+        self.closed = True
+
+
+class FakeCore:
+    """A core that lives until a test ends it."""
+
+    def __init__(self) -> None:
+        self.died = asyncio.Event()
+        self.stopped = False
+        self.hangs_at_first = False
+        self.ends: list[str] = []
+        self.slots_left = 63
+        self.index = 1
+        self.shard = FakeShard(self)
+
+    def take_slot(self) -> Any:
+        return self
+
+    def issued(self, slot: object) -> bool:
+        return slot is self
+
+    def adopt(self, pids: list[int]) -> None:
+        assert pids == [4711]
+
+    async def ended(self) -> None:
+        await self.died.wait()
+
+    def exit_reason(self) -> str:
+        return "killed by SIGKILL"
+
+    async def stop(self, ask: Callable[[], Any] | None = None) -> None:
+        if ask is not None:
+            await ask()
+        self.ends.append("killed" if ask is None else "in order")
+
+
+class Stage:
+    """A keeper, the cores that it starts, and all who follow it."""
+
+    def __init__(self) -> None:
+        self.keeper = ShardKeeper("shard-1", OPTIONS, nullcontext, STALL_S, Restarts(lambda: 0.0))
+        self.planned: list[FakeCore | Exception] = []
+        """What the next starts come to; a core that lives if nothing is said."""
+        self.cores: list[FakeCore] = []
+        self.told: list[str] = []
+        self.may_prepare = asyncio.Event()
+        self.may_prepare.set()
+
+    async def start_core(self) -> FakeCore:
+        planned = self.planned.pop(0) if self.planned else FakeCore()
+        if isinstance(planned, Exception):
+            raise planned
+        self.cores.append(planned)
+        return planned
+
+    def lose(self, shard: str) -> None:
+        self.told.append(f"lost {self.keeper.state.value}")
+
+    async def prepare(self, shard: Any) -> None:
+        self.told.append(f"prepares {self.keeper.state.value}")
+        await self.may_prepare.wait()
+
+    async def admit(self, shard: str, take_slot: Callable[[], Any]) -> None:
+        assert take_slot() is self.cores[-1]
+        self.told.append(f"admitted {self.keeper.state.value}")
+
+    async def until(self, state: KeeperState, cores: int) -> None:
+        async with asyncio.timeout(TIMEOUT_S):
+            while (self.keeper.state, len(self.cores)) != (state, cores):
+                await asyncio.sleep(0)
+
+
+OPTIONS: Any = object.__new__(EngineOptions)
+
+
+@pytest_asyncio.fixture
+async def stage(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Stage]:
+    """A keeper whose first core is up, and which keeps."""
+    at = Stage()
+
+    class Cores:
+        @staticmethod
+        async def start(name: str, config: Any, environment: Any) -> Any:
+            return await at.start_core()
+
+    class Shards:
+        @staticmethod
+        def attach(core: FakeCore) -> FakeShard:
+            return core.shard
+
+    monkeypatch.setattr(module, "EngineCore", Cores)
+    monkeypatch.setattr(module, "VllmShard", Shards)
+    monkeypatch.setattr(module, "ASK_INTERVAL_S", 0.01)
+    monkeypatch.setattr(EngineOptions, "build_config", lambda options: object())
+    await at.keeper.start()
+    at.keeper.settled = True
+    keeping = asyncio.create_task(at.keeper.keep(at))
+    yield at
+    keeping.cancel()
+    await asyncio.gather(keeping, return_exceptions=True)
+    await at.keeper.stop()
+
+
+def value(metric: Any, *labels: str) -> float:
+    return float(metric.labels("shard-1", *labels)._value.get())
+
+
+@pytest.mark.parametrize(
+    ("before", "after"), list(itertools.product(KeeperState, repeat=2)), ids=lambda s: s.value
+)
+def test_a_shard_makes_the_moves_that_are_allowed_and_no_other(
+    before: KeeperState, after: KeeperState
+) -> None:
+    keeper = ShardKeeper("shard-1", OPTIONS, nullcontext, STALL_S)
+    keeper.state = before
+    if (before, after) in ALLOWED:
+        keeper.move(after)
+        assert keeper.state is after
+        assert value(metrics.shard_up) == (after is UP)
+    else:
+        with pytest.raises(ValueError, match="shard-1 cannot go from"):
+            keeper.move(after)
+        assert keeper.state is before
+
+
+def test_the_table_has_every_state() -> None:
+    assert TRANSITIONS.keys() == set(KeeperState)
+
+
+async def test_a_core_that_dies_is_replaced_and_warm_before_anybody_uses_it(stage: Stage) -> None:
+    before = value(metrics.shard_restarts, "died")
+    (core,) = stage.cores
+    stage.may_prepare.clear()
+    core.died.set()
+    await stage.until(WARMING, 2)
+    assert core.ends == ["killed"] and core.shard.closed and core.shard.dead.is_set()
+    await asyncio.sleep(0)
+    assert stage.told == ["lost dead", "prepares warming"]
+    stage.may_prepare.set()
+    await stage.until(UP, 2)
+    assert stage.told[2:] == ["admitted up"]
+    assert value(metrics.shard_restarts, "died") == before + 1
+    assert stage.keeper.shard is stage.cores[1].shard  # type: ignore[comparison-overlap]
+
+
+async def test_a_core_that_does_not_answer_is_killed_and_replaced(stage: Stage) -> None:
+    before = value(metrics.shard_restarts, "stalled")
+    (core,) = stage.cores
+    core.stopped = True
+    await stage.until(UP, 2)
+    assert core.ends == ["killed"]
+    assert value(metrics.shard_restarts, "stalled") == before + 1
+
+
+async def test_a_core_that_says_that_it_is_dead_is_not_waited_for(stage: Stage) -> None:
+    (core,) = stage.cores
+    core.shard.broken = True
+    await stage.until(UP, 2)
+    assert core.ends == ["killed"]
+
+
+async def test_a_start_that_fails_is_tried_again(stage: Stage) -> None:
+    before = value(metrics.shard_restarts, "start_failed")
+    stage.planned = [CoreFailed("no memory"), RuntimeError("bug")]
+    stage.cores[0].died.set()
+    async with asyncio.timeout(TIMEOUT_S):
+        while stage.planned:
+            await asyncio.sleep(0)
+    await stage.until(UP, 2)
+    assert value(metrics.shard_restarts, "start_failed") == before + 2
+
+
+async def test_a_core_that_dies_while_it_is_new_is_replaced_too(stage: Stage) -> None:
+    hanging, dying = FakeCore(), FakeCore()
+    hanging.hangs_at_first = True
+    stage.planned = [hanging, dying]
+    stage.may_prepare.clear()
+    stage.cores[0].died.set()
+    await stage.until(REBUILDING, 2)
+    hanging.died.set()
+    await stage.until(WARMING, 3)
+    dying.died.set()
+    await stage.until(DEAD, 3)
+    stage.may_prepare.set()
+    await stage.until(UP, 4)
+    assert [core.ends for core in stage.cores] == [["killed"]] * 3 + [[]]
+    assert stage.told.count("admitted up") == 1
+
+
+async def test_slots_of_a_core_that_is_gone_abort_nothing(stage: Stage) -> None:
+    (core,) = stage.cores
+    slot: Any = core
+    assert await stage.keeper.abort_client(slot) == 3
+    core.died.set()
+    await stage.until(UP, 2)
+    assert await stage.keeper.abort_client(slot) == 0, "another worker may have that number now"
+
+
+async def test_before_the_gateway_serves_a_death_ends_it(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    starting = ShardKeeper("shard-1", OPTIONS, nullcontext, STALL_S)
+    await starting.start()
+    stage.cores[-1].died.set()
+    with pytest.raises(CoreFailed, match="shard-1 ended: killed by SIGKILL; the gateway ends"):
+        await starting.keep(stage)
+    await starting.stop()
+    assert starting.state is STOPPED
+
+
+async def test_a_core_that_lives_is_ended_in_order(stage: Stage) -> None:
+    (core,) = stage.cores
+    await stage.keeper.stop()
+    assert core.ends == ["in order"] and core.shard.called[-1] == "gateway_stop"
+    assert core.shard.closed

@@ -1,0 +1,64 @@
+"""How many shards there are, and what each runs on."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from engine import processors
+from gateway import settings as settings_module
+from gateway.settings import Settings, SettingsError
+
+BINDING = "VLLM_CPU_OMP_THREADS_BIND"
+
+
+def refusal(*argv: str) -> str:
+    """The line that says why these flags cannot be."""
+    with pytest.raises(SettingsError) as caught:
+        Settings.from_argv(argv)
+    return str(caught.value)
+
+
+def has_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(settings_module, "_engine_runs_on_cpu", lambda: False)
+
+
+def test_each_shard_has_gpus_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    has_gpus(monkeypatch)
+    settings = Settings(shards=3, devices_per_shard=2)
+    assert settings.shard_names == ["shard-0", "shard-1", "shard-2"]
+    assert [settings.device_ids(shard) for shard in range(3)] == [[0, 1], [2, 3], [4, 5]]
+    with settings.environment_of(1):
+        assert BINDING not in os.environ
+
+
+def test_each_shard_on_a_cpu_has_processors_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    shares = [(0, 1), (2, 3)]
+    monkeypatch.setattr(processors, "shares", lambda shards: shares)
+    settings = Settings(shards=2)
+    assert settings.device_ids(1) == []
+    for before in (None, "5"):
+        if before is not None:
+            monkeypatch.setenv(BINDING, before)
+        with settings.environment_of(1):
+            assert os.environ[BINDING] == "2,3"
+        assert os.environ.get(BINDING) == before
+    with Settings().environment_of(0):
+        assert os.environ[BINDING] == "5", "one shard has what the operator says"
+
+
+def test_what_a_cpu_cannot_do_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert refusal("--devices-per-shard", "2") == (
+        "--devices-per-shard is for GPUs; a CPU engine is one device"
+    )
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0})
+    assert refusal("--shards", "2") == (
+        "2 shards on 1 processors would wait for each other; give each at least one of its own"
+    )
+    assert Settings(shards=1).shard_names == ["shard-0"]
+
+
+@pytest.mark.parametrize("count", ["0", "65"])
+def test_there_are_1_to_64_shards(count: str) -> None:
+    assert refusal("--shards", count).startswith("--shards: ")
