@@ -1,6 +1,6 @@
 """What the service costs over the recipe: time, losses, watchers, and the way to the first token.
 
-    python -m tests.bench.training [--rounds N]
+    python -m tests.bench.training [--rounds N] [--part overhead|watchers|first-token]
 
 1. The same recipe, rows and seed as a job of the service and as a bare script, in turns, on
    SmolLM2 with the dataset of examples/: wall time of the training processes, and losses.
@@ -24,7 +24,7 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ from trainer.run_folder import RunFolder
 
 ROOT = Path(__file__).parents[2]
 DATASET = ROOT / "examples" / "data" / "support.jsonl"
+PARTS = ("overhead", "watchers", "first-token")
 WATCHERS = 200
 LOAD_STREAMS = 4
 TARGET_OVERHEAD, TARGET_FIRST_TOKEN_S = 0.03, 3.0
@@ -50,22 +51,27 @@ def main() -> None:
     """Entry of the command."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--part", choices=PARTS, help="without: all of them")
     options = parser.parse_args()
     print(f"{Machine.here()}")
     with tempfile.TemporaryDirectory(prefix="bench-training-") as folder:
-        asyncio.run(_measure(Path(folder), options.rounds))
+        parts = (options.part,) if options.part else PARTS
+        asyncio.run(_measure(Path(folder), options.rounds, parts))
 
 
-async def _measure(folder: Path, rounds: int) -> None:
-    (folder / "tiny").mkdir()
-    with gateway_process(folder / "tiny") as gateway:
-        async with grpc.aio.insecure_channel(gateway.address) as channel:
-            await _watchers(gateway, channel, rounds)
-            await _first_token(folder / "tiny" / "state", channel, rounds)
-    (folder / "smollm2").mkdir()
-    with gateway_process(folder / "smollm2", model="smollm2-135m") as gateway:
-        async with grpc.aio.insecure_channel(gateway.address) as channel:
-            await _overhead(folder / "smollm2", channel, rounds)
+async def _measure(folder: Path, rounds: int, parts: Sequence[str]) -> None:
+    for part in parts:
+        (folder / part).mkdir()
+        model = "smollm2-135m" if part == "overhead" else "tiny"
+        with gateway_process(folder / part, model=model) as gateway:
+            async with grpc.aio.insecure_channel(gateway.address) as channel:
+                match part:
+                    case "overhead":
+                        await _overhead(folder / part, channel, rounds)
+                    case "watchers":
+                        await _watchers(gateway, channel, rounds)
+                    case "first-token":
+                        await _first_token(folder / part / "state", channel, rounds)
 
 
 # --- 1. the service over a bare script ---------------------------------------
@@ -158,6 +164,7 @@ async def _sequences(channel: grpc.aio.Channel, name: str) -> list[int]:
 
 
 async def _first_token(state: Path, channel: grpc.aio.Channel, rounds: int) -> None:
+    await training.upload(channel, "facts", training.facts(16))
     spec = pb.JobSpec(dataset="facts", adapter="fresh", hyperparameters=training.QUICK)
     spec.hyperparameters.epochs = 10
     spec.publish.traffic_percent = 100
