@@ -32,6 +32,9 @@ STALL_TIMEOUT_S = 3
 BACK_S = 120.0
 """A load of the model on a busy machine."""
 
+# Three minutes, most of them for engines that start.
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def two(
