@@ -33,7 +33,8 @@ from gateway.port import HeldPort, PortTaken
 from gateway.settings import Settings
 from gateway.shard_gauges import ShardGauges
 from gateway.supervisor import Supervisor
-from gateway.workers import WorkerFleet, WorkerProcess
+from gateway.worker_process import WorkerProcess
+from gateway.workers import WorkerFleet
 from store.sqlite_jobs import SqliteJobs
 from store.sqlite_registry import SqliteRegistry
 from store.state_folder import StateFolder

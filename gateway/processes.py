@@ -27,7 +27,8 @@ from gateway.channel import (
     ShowAdapter,
     TellUses,
 )
-from gateway.workers import WorkerFleet, WorkerProcess
+from gateway.worker_process import WorkerProcess
+from gateway.workers import WorkerFleet
 
 logger = logging.getLogger(__name__)
 

@@ -9,23 +9,19 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
 import time
-from collections.abc import Sequence
 from multiprocessing.connection import Connection
 
 import uvloop
 
-from engine.core import ClientSlot
 from engine.errors import ShardUnavailable
-from engine.generation import ServedVersion, VersionKey
 from engine.pool import ShardPool
-from engine.residents import Residents
 from engine.shard import VllmShard, preload
 from engine.signals import die_with_parent
 from gateway import metrics
 from gateway.admission import Admission, Draining
 from gateway.arms import Outcome, Reporter
+from gateway.attachments import Attachments
 from gateway.call import Call
 from gateway.channel import (
     Answer,
@@ -68,9 +64,6 @@ HostChannel = Channel[WorkerMessage, HostMessage]
 STALLED_AFTER_S = 1.0
 """A write that waits this long for its reader counts as stalled."""
 LAG_SAMPLES_PER_S = 20
-UNHEARD_S = 10.0
-"""How long a shard may be silent here before the host has said that its core died. If it never
-does, the core lives, and only this process cannot hear it."""
 CUT_TIMEOUT_S = 5.0
 """How long calls get to send their last status after they were cut."""
 
@@ -111,19 +104,17 @@ class Worker:
         settings = orders.settings
         self._orders = orders
         self._channel = channel
-        self._shards: dict[str, VllmShard] = {}
-        self._residents: dict[str, Residents] = {}
-        self._lost: list[tuple[VllmShard, Residents]] = []
-        """Of cores that died, to be closed when their calls have ended."""
-        self._unheard: dict[str, float] = {}
-        """Since when shards cannot be heard of which the host has not said that they died."""
         self._view = orders.view
         self._pool = ShardPool((), {}, self._view, orders.shards)
         self._pool.follow(orders.plan)
+        self._attachments = Attachments(
+            self._pool, lambda shard, key: channel.send(Want(shard, key)), self._lost
+        )
         for slot in orders.slots:
-            if (shard := self._attach(slot, orders.resident[slot.shard])) is not None:
-                self._pool.join(shard, self._residents[shard.name])
-        if orders.slots and not self._shards:
+            shard = self._attachments.attach(slot, orders.resident[slot.shard])
+            if shard is not None:
+                self._attachments.join(shard)
+        if orders.slots and not self._pool.is_open:
             raise WorkerUnfit("no core answers")
         self._admission = Admission()
         self._tracing = Tracing(settings.otlp_endpoint)
@@ -144,12 +135,6 @@ class Worker:
         self._done = asyncio.Event()
         self._health_changed = asyncio.Event()
 
-    def _residents_of(self, shard: VllmShard) -> Residents:
-        def ask(key: VersionKey) -> None:
-            self._channel.send(Want(shard.name, key))
-
-        return Residents(ask, shard.requests_of)
-
     def _ended(self, call: Call, code: str, end_s: float) -> None:
         """Note how a call ended: for metrics, and for the comparison of versions."""
         metrics.record(call, code, end_s)
@@ -163,9 +148,7 @@ class Worker:
         self._tasks.append(asyncio.create_task(self._follow()))  # the host may ask at once
         self._server.bind(self._orders.listen, self._orders.settings)
         await self._server.start()
-        for shard in [*self._shards.values()]:
-            with contextlib.suppress(ShardUnavailable):  # the others serve, and the host knows
-                await shard.warm_up()
+        await self._attachments.warm_up()
         await self._server.health.serving(self._pool.is_open)
 
     async def run(self) -> None:
@@ -175,7 +158,7 @@ class Worker:
         """
         work = (
             self._watch(),
-            self._watch_shards(),
+            self._attachments.watch(),
             self._tell_health(),
             self._reporter.run(),
             self._token_meter.run(),
@@ -199,20 +182,21 @@ class Worker:
                 match await self._channel.receive():
                     case Ask(ticket, ShardUp(slot, resident)):
                         # Attached before the next message, which may be about this shard.
-                        shard = self._attach(slot, resident)
+                        shard = self._attachments.attach(slot, resident)
                         if shard is None:
                             self._channel.send(Answer(ticket))
                         else:
                             tasks.create_task(self._take_up(shard, ticket))
                     case Ask(ticket, question):
                         self._answer(ticket, question)
-                    case Loaded(name, version) if name in self._residents:
-                        self._residents[name].loaded(version)
-                    case LoadFailed(name, key, reason) if name in self._residents:
-                        self._residents[name].failed(key, reason)
+                    case Loaded(name, version):
+                        if (residents := self._attachments.residents(name)) is not None:
+                            residents.loaded(version)
+                    case LoadFailed(name, key, reason):
+                        if (residents := self._attachments.residents(name)) is not None:
+                            residents.failed(key, reason)
                     case ShardDied(name):
-                        self._unheard.pop(name, None)
-                        self._lose(name)
+                        self._attachments.lose(name)
                     case Drain(delay_s, grace_s):
                         tasks.create_task(self._drain(delay_s, grace_s))
                     case None:  # the host is gone
@@ -227,51 +211,28 @@ class Worker:
             case FollowPlan(plan):
                 self._pool.follow(plan)
                 self._channel.send(Answer(ticket))
-            case Leave(shard, key) if shard in self._residents:
-                self._residents[shard].leave(key, lambda: self._channel.send(Answer(ticket)))
-            case Leave():  # the shard is gone, and the version with it
-                self._channel.send(Answer(ticket))
+            case Leave(shard, key):
+                residents = self._attachments.residents(shard)
+                if residents is None:  # the shard is gone, and the version with it
+                    self._channel.send(Answer(ticket))
+                else:
+                    residents.leave(key, lambda: self._channel.send(Answer(ticket)))
             case TellUses(shard):
-                residents = self._residents.get(shard)
+                residents = self._attachments.residents(shard)
                 self._channel.send(Answer(ticket, {} if residents is None else residents.uses()))
             case Flush():
                 self._reporter.flush()
                 self._channel.send(Answer(ticket))
 
-    def _attach(self, slot: ClientSlot, resident: Sequence[ServedVersion]) -> VllmShard | None:
-        """Drive a core; no request is sent there yet. Takes some 20 ms of the event loop.
-
-        None if it does not greet: it died just now, and the host says so if that is true.
-        """
-        try:
-            shard = VllmShard.attach(slot)
-        except TimeoutError as error:
-            logger.error("cannot attach to %s: %s", slot.shard, error)
-            self._unheard[slot.shard] = time.monotonic()
-            return None
-        self._shards[shard.name] = shard
-        self._residents[shard.name] = self._residents_of(shard)
-        self._residents[shard.name].all_loaded(resident)
-        return shard
-
     async def _take_up(self, shard: VllmShard, ticket: int) -> None:
         with contextlib.suppress(ShardUnavailable):  # it died again, and the host says so
             await shard.warm_up()
-            if self._shards.get(shard.name) is shard:
-                self._pool.join(shard, self._residents[shard.name])
+            if self._attachments.join(shard):
                 self._health_changed.set()
         self._channel.send(Answer(ticket))
 
-    def _lose(self, name: str) -> None:
-        """A core is dead. Calls without a token are tried again by those who wait for them."""
-        shard = self._shards.pop(name, None)
-        if shard is None:
-            return
-        self._pool.leave(name)
-        residents = self._residents.pop(name)
-        residents.lose(name)
-        shard.declare_dead()
-        self._lost.append((shard, residents))
+    def _lost(self, name: str) -> None:
+        """A core is gone."""
         self._health_changed.set()
         # One that is blocked in a write does not see its engine's end.
         for call in self._admission.calls:
@@ -302,11 +263,9 @@ class Worker:
         await self._server.stop(CUT_TIMEOUT_S)
         self._reporter.flush()
         await self._relay.close()
-        for residents in self._residents.values():
-            await residents.close()
+        await self._attachments.close()
         await asyncio.to_thread(self._tracing.close)
-        for shard in (*self._shards.values(), *(shard for shard, _ in self._lost)):
-            shard.close()
+        self._attachments.let_go()
 
     async def _watch(self) -> None:
         """Once a second: how late the loop was, and how many streams wait for their reader."""
@@ -325,23 +284,6 @@ class Worker:
                     for call in self._admission.calls
                 )
             )
-
-    async def _watch_shards(self) -> None:
-        """Once a second: let go of shards that are gone, and find those that cannot be heard."""
-        while True:
-            await asyncio.sleep(1.0)
-            lost, self._lost = self._lost, []
-            for shard, residents in lost:
-                await residents.close()
-                shard.close()
-            for shard in [*self._shards.values()]:
-                if shard.broken:  # its core has died, or vLLM's output task here
-                    self._unheard[shard.name] = time.monotonic()
-                    self._lose(shard.name)
-            for name, since_s in self._unheard.items():
-                if time.monotonic() - since_s > UNHEARD_S:
-                    logger.critical("cannot hear %s any more; the standby takes over", name)
-                    os._exit(1)
 
 
 async def _until(event: asyncio.Event) -> None:

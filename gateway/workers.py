@@ -7,26 +7,19 @@ place in milliseconds, on fresh client slots, and the next standby starts.
 from __future__ import annotations
 
 import asyncio
-import enum
 import itertools
 import logging
-import multiprocessing
-import os
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from engine.core import ClientSlot
 from engine.errors import SlotsUsedUp
-from engine.signals import group_signals_blocked
 from gateway import metrics
 from gateway.channel import (
     Answer,
     Ask,
-    Channel,
     Drain,
     Ended,
     Failed,
-    HostMessage,
     Imported,
     Loaded,
     LoadFailed,
@@ -37,13 +30,10 @@ from gateway.channel import (
     Unasked,
     Used,
     Want,
-    WorkerMessage,
 )
-from gateway.worker import worker_main
+from gateway.worker_process import WorkerProcess, WorkerState
 
 logger = logging.getLogger(__name__)
-
-WorkerChannel = Channel[HostMessage, WorkerMessage]
 
 RETRY_DELAY_S = 5.0
 """Pause after a replacement could not serve, before the next is tried."""
@@ -53,84 +43,6 @@ EXIT_TIMEOUT_S = 20.0
 
 class WorkerFailed(Exception):
     """A worker could not serve. The message says why, in one line."""
-
-
-class WorkerState(enum.Enum):
-    """Where a worker stands."""
-
-    IMPORTING = "importing"
-    STANDBY = "standby"
-    ATTACHING = "attaching"
-    SERVING = "serving"
-    DRAINING = "draining"
-    ENDED = "ended"
-
-
-TRANSITIONS: dict[WorkerState, frozenset[WorkerState]] = {
-    WorkerState.IMPORTING: frozenset(
-        {WorkerState.STANDBY, WorkerState.DRAINING, WorkerState.ENDED}
-    ),
-    WorkerState.STANDBY: frozenset(
-        {WorkerState.ATTACHING, WorkerState.DRAINING, WorkerState.ENDED}
-    ),
-    WorkerState.ATTACHING: frozenset(
-        {WorkerState.SERVING, WorkerState.DRAINING, WorkerState.ENDED}
-    ),
-    WorkerState.SERVING: frozenset({WorkerState.DRAINING, WorkerState.ENDED}),
-    WorkerState.DRAINING: frozenset({WorkerState.ENDED}),
-    WorkerState.ENDED: frozenset(),
-}
-
-
-_AT_WORK = frozenset({WorkerState.ATTACHING, WorkerState.SERVING, WorkerState.DRAINING})
-
-
-class WorkerProcess:
-    """One worker as the host sees it."""
-
-    def __init__(self) -> None:
-        context = multiprocessing.get_context("spawn")
-        ours, theirs = context.Pipe()
-        self._process = context.Process(
-            target=worker_main, args=(theirs, os.getpid()), name="gateway-worker", daemon=True
-        )
-        with group_signals_blocked():
-            self._process.start()
-        theirs.close()
-        self.channel: WorkerChannel = Channel(ours)
-        self.state = WorkerState.IMPORTING
-        self.slots: list[ClientSlot] = []
-        self.failure = ""
-        """Why it could not serve, in its own words."""
-
-    @property
-    def pid(self) -> int:
-        """Process id."""
-        assert self._process.pid is not None
-        return self._process.pid
-
-    @property
-    def at_work(self) -> bool:
-        """Whether it has got its orders: it has calls, or is about to."""
-        return self.state in _AT_WORK
-
-    def move(self, state: WorkerState) -> None:
-        """Go to another state. Raises ValueError for a move that is not in TRANSITIONS."""
-        if state not in TRANSITIONS[self.state]:
-            raise ValueError(f"worker {self.pid} cannot go from {self.state} to {state}")
-        self.state = state
-
-    def kill(self) -> None:
-        """End the process at once."""
-        self._process.kill()
-
-    def reap(self) -> int | None:
-        """Collect the ended process; returns its exit code."""
-        self._process.join()
-        self.channel.close()
-        for slot in self.slots:
-            slot.close()
-        return self._process.exitcode
 
 
 class _Question:

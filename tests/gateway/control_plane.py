@@ -39,7 +39,8 @@ from engine.generation import (
 from engine.rendering import RenderedPrompt
 from gateway.control import ControlPlane
 from gateway.settings import Settings
-from gateway.workers import WorkerFleet, WorkerProcess
+from gateway.worker_process import WorkerProcess
+from gateway.workers import WorkerFleet
 from lora_gateway.v1 import adapters_pb2 as pb
 from lora_gateway.v1.adapters_pb2_grpc import AdaptersStub
 from store.artifacts import CONFIG_FILE, WEIGHTS_FILE

@@ -34,7 +34,8 @@ from gateway.channel import (
     WorkerMessage,
 )
 from gateway.settings import Settings
-from gateway.workers import WorkerFleet, WorkerProcess, WorkerState
+from gateway.worker_process import WorkerProcess, WorkerState
+from gateway.workers import WorkerFleet
 
 SILENT = object()
 """What a script returns for a question that it leaves open."""

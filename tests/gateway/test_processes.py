@@ -31,7 +31,8 @@ from gateway.channel import (
     Unasked,
 )
 from gateway.processes import Processes
-from gateway.workers import WorkerFleet, WorkerProcess
+from gateway.worker_process import WorkerProcess
+from gateway.workers import WorkerFleet
 from store.records import Arm
 from tests.gateway.conftest import ALPHA
 from tests.gateway.outcomes import outcome

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 import pytest
 import pytest_asyncio
 
-from gateway.workers import TRANSITIONS, WorkerProcess, WorkerState
+from gateway.worker_process import TRANSITIONS, WorkerProcess, WorkerState
 
 IMPORTING, STANDBY, ATTACHING = WorkerState.IMPORTING, WorkerState.STANDBY, WorkerState.ATTACHING
 SERVING, DRAINING, ENDED = WorkerState.SERVING, WorkerState.DRAINING, WorkerState.ENDED
