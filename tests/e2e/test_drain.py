@@ -68,8 +68,9 @@ async def drain_with_streams(gateway: GatewayProcess, *, group: bool) -> None:
         await started.wait()
         gateway.signal(signal.SIGTERM, group=group)
         await asyncio.to_thread(gateway.wait_log, "draining for at most", 10)
-        await asyncio.sleep(0.3)
-        assert await health(channel) == health_pb2.HealthCheckResponse.NOT_SERVING
+        async with asyncio.timeout(10):
+            while await health(channel) != health_pb2.HealthCheckResponse.NOT_SERVING:
+                await asyncio.sleep(0.02)
         with pytest.raises(grpc.aio.AioRpcError) as refused:
             await InferenceStub(channel).Generate(pb.GenerateRequest(text="too late"))
         assert refused.value.code() is grpc.StatusCode.UNAVAILABLE

@@ -351,7 +351,7 @@ def test_a_huge_sparse_tensor_is_refused_by_its_header(tmp_path: Path) -> None:
     Draft(weights_bytes=content).write(tmp_path)
     with (tmp_path / WEIGHTS_FILE).open("ab") as file:
         file.truncate(len(content) + rows * 32 * 4)
-    begin = time.monotonic()
+    begin = time.thread_time()
     found = findings(tmp_path)
-    assert time.monotonic() - begin < 1.0
+    assert time.thread_time() - begin < 1.0
     assert f"is [{rows}, 32] and must be [8, 32]" in " ".join(found)

@@ -35,10 +35,10 @@ def test_the_limits_themselves_are_taken() -> None:
 
 
 def test_a_huge_list_is_refused_at_once() -> None:
-    began_s = time.monotonic()
+    began_s = time.thread_time()
     with pytest.raises(ValidationError):
         LoraSpec.model_validate({"target_modules": [f"m{i}" for i in range(200_000)]})
-    assert time.monotonic() - began_s < 1.0
+    assert time.thread_time() - began_s < 1.0
 
 
 @pytest.mark.parametrize(

@@ -70,7 +70,7 @@ def test_a_stop_while_loading_ends_at_once(tiny: Path, rows: Path, tmp_path: Pat
     running.wait_until(running.run.alive.exists)
     running.stop(save=True)
     ended, took_s = stopped(running)
-    assert took_s < 3.0
+    assert took_s < 8.0, "before its grace is over"
     assert steps_of(ended.run) == []
 
 
