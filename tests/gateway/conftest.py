@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import grpc
+import pytest
 import pytest_asyncio
 
 from engine.fake import FakeShard, Script
@@ -36,6 +38,14 @@ MODEL = pb.Model(
     limits=pb.ModelLimits(max_model_len=512),
     defaults=pb.ModelDefaults(max_tokens=16, temperature=0.7),
 )
+
+
+@pytest.fixture(scope="session", autouse=True)
+def ctrl_c() -> None:
+    """Commands that tests start can be interrupted, though a shell has started the tests in the
+    background: that ignores SIGINT, and so would they."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 ALPHA = ServedVersion("default", "alpha", 3, 1, "/nowhere", "digest")

@@ -75,13 +75,16 @@ def say(capsys: pytest.CaptureFixture[str]) -> Say:
     return show
 
 
-async def test_sigkill_at_every_write(site: CrashSite, recording: Recording, say: Say) -> None:
-    script, points = recording.expected.script, recording.kill_points
+@pytest.mark.parametrize("stride", [3, pytest.param(1, marks=pytest.mark.slow)])
+async def test_sigkill_before_a_write(
+    site: CrashSite, recording: Recording, stride: int, say: Say
+) -> None:
+    script, points = recording.expected.script, recording.kill_points[::stride]
+    assert len(recording.kill_points) >= FEWEST_KILL_POINTS
     say(
-        f"{script.value}: SIGKILL at {len(points)} kill points, {len(recording.writes)} of them "
-        f"writes, in {len(script.operations)} operations"
+        f"{script.value}: SIGKILL at {len(points)} of {len(recording.kill_points)} kill points, "
+        f"{len(recording.writes)} of which are writes, in {len(script.operations)} operations"
     )
-    assert len(points) >= FEWEST_KILL_POINTS
     wrong = {point: await site.kill(recording, point, within=False) for point in points}
     assert not {point: found for point, found in wrong.items() if found}
 
