@@ -1,7 +1,7 @@
 """Which adapters have series of their own, and what all others are called in a label.
 
 A series is for ever. In multiprocess mode a child that is removed stays in its file, and in a
-list of prometheus_client's own (prometheus_client/values.py:61), and with each scrape it is read
+list of prometheus_client's own (prometheus_client/values.py:57), and with each scrape it is read
 again. So names are few, the host gives them out, and it gives no more than so many in its life
 (ADR 6).
 """

@@ -160,6 +160,7 @@ for _counter, _reasons in (
 def know_shard(shard: str) -> None:
     """Begin the series of a shard at 0."""
     shard_inflight.labels(shard)
+    engine_recovery.labels(shard)
     for reason in ring.Reason:
         _placements.labels(shard, reason.value)
 
