@@ -31,7 +31,7 @@ async def take_pulse(store: JobStore, folder: Path) -> Pulse:
     running = [
         JobFolder(folder / uid).run(attempt).alive
         for uid, state, attempt in tally.active
-        if state in HAS_PROCESS and attempt
+        if state in HAS_PROCESS
     ]
     return Pulse(tally.counts, await asyncio.to_thread(_longest_silence_s, running))
 

@@ -75,7 +75,13 @@ async def test_names_follow_the_traffic_and_what_is_not_named_is_counted(
     monkeypatch.setattr("gateway.naming.INTERVAL_S", 0.01)
     shares = {key("c"): 0.5, key("a"): 0.3, key("b"): 0.1}
     async with serving_fleet(monkeypatch, 1, followed) as (fleet, workers):
-        naming = Naming(lambda: shares, Processes(fleet), fleet)
+        looks: list[float] = []
+
+        def look() -> dict[AdapterKey, float]:
+            looks.append(dropped())
+            return shares
+
+        naming = Naming(look, Processes(fleet), fleet)
         naming.open(view_of("a", "b", "c"))
         assert naming.named == set()
         before = dropped()
@@ -84,6 +90,9 @@ async def test_names_follow_the_traffic_and_what_is_not_named_is_counted(
             while not heard(workers[0]):
                 await asyncio.sleep(0.01)
         assert naming.named == {key("a"), key("c")}
+        async with asyncio.timeout(10):
+            while len(looks) < 5:
+                await asyncio.sleep(0.01)
         shares = {key("b"): 0.9, key("a"): 0.05, key("c"): 0.01}
         async with asyncio.timeout(10):
             while len(heard(workers[0])) < 2:

@@ -41,11 +41,16 @@ async def test_the_longest_silence_of_a_process_that_should_run_is_told(tmp_path
         assert (await take_pulse(store, tmp_path)).silent_s == 0.0
         last_seen(tmp_path, await running(store, "well"), 2.0)
         last_seen(tmp_path, await running(store, "hangs"), 500.0)
+        last_seen(tmp_path, await running(store, "well-too"), 3.0)
+        published = await running(store, "published")
+        last_seen(tmp_path, published, 5000.0)
+        for state in (JobState.RUNNING, JobState.FINALIZING):
+            published = await store.change_job(published, JobChange(state=state))
         ended = await running(store, "ended")
         last_seen(tmp_path, ended, 5000.0)
         await store.change_job(ended, JobChange(state=JobState.FAILED))
 
         pulse = await take_pulse(store, tmp_path)
         assert pulse.silent_s == pytest.approx(500.0, abs=60.0)
-        assert pulse.jobs[JobState.PREPARING] == 3
+        assert pulse.jobs[JobState.PREPARING] == 4
         assert pulse.jobs[JobState.FAILED] == 1
