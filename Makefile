@@ -190,6 +190,7 @@ demo: $(READY) ## The whole story in minutes: serve, train, canary, evaluate, pr
 bench: $(DEV_READY) ## Measure the gateway against the bare engine; many adapters; imports; training; shards
 	@$(BIN)/python -m tests.bench $(ARGS)
 	@$(BIN)/python -m tests.bench.adapters
+	@$(BIN)/python -m tests.bench.labels
 	@$(BIN)/python -m tests.bench.imports
 	@$(BIN)/python -m tests.bench.datasets
 	@$(BIN)/python -m tests.bench.training

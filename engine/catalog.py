@@ -22,6 +22,7 @@ from engine.errors import (
     AdapterLoadFailed,
     AdapterNotChecked,
     EngineError,
+    LoadFault,
     ShardUnavailable,
 )
 from engine.generation import ServedVersion, VersionKey
@@ -345,17 +346,16 @@ class AdapterCatalog:
             return candidate
         record = await self._registry.version(*key)
         if record.state is not VersionState.READY or record.content is None:
-            raise AdapterLoadFailed(key.adapter, key.version, f"it is {record.state.name}")
+            raise AdapterLoadFailed(*key[1:], f"it is {record.state.name}", LoadFault.STATE)
         try:
             artifact = await self._shelf.verified(record.content.digest)
         except ArtifactDamaged as error:
-            raise AdapterLoadFailed(key.adapter, key.version, str(error)) from error
+            raise AdapterLoadFailed(*key[1:], str(error), LoadFault.FILES) from error
         return served(record, record.content.digest, artifact.path)
 
     async def with_new_id(self, version: ServedVersion) -> ServedVersion:
         """The same version under an id that no engine has seen."""
-        minted = await self._registry.mint_lora_int_id(*version.key)
-        renamed = replace(version, lora_int_id=minted)
+        renamed = replace(version, lora_int_id=await self._registry.mint_lora_int_id(*version.key))
         if version.key in self._candidates:  # may be loaded again before it is READY
             self._candidates[version.key] = renamed
         return renamed

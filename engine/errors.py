@@ -27,6 +27,7 @@ for callers: they say what to do, and hold no internals.
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -175,14 +176,32 @@ class AdapterNotReady(EngineError):
         self.adapter = adapter
 
 
+class LoadFault(enum.Enum):
+    """What kept a version from being loaded; the values are a metric's label."""
+
+    ENGINE = "engine"
+    """The engine refused it."""
+    FILES = "files"
+    """Our copy of its files is gone, or is not what it was."""
+    STATE = "state"
+    """It is READY no more."""
+    SHARD = "shard"
+    """The shard died, or did not answer."""
+    OTHER = "other"
+    """The gateway failed, and logged why."""
+
+
 class AdapterLoadFailed(EngineError):
     """A version that passed its checks could not be loaded. Other versions are not touched."""
 
-    def __init__(self, adapter: str, version: int, reason: str) -> None:
+    def __init__(
+        self, adapter: str, version: int, reason: str, fault: LoadFault = LoadFault.OTHER
+    ) -> None:
         super().__init__(f"version {version} of adapter {adapter!r} cannot be loaded: {reason}")
         self.adapter = adapter
         self.version = version
         self.reason = reason
+        self.fault = fault
 
 
 class ShardUnavailable(EngineError):

@@ -7,6 +7,7 @@ token. Nothing that claims to work is shown on it alone.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 
@@ -71,6 +72,7 @@ class FakeShard:
     ) -> AsyncGenerator[Output, None]:
         count = int(request.sampling.get("max_tokens", 16))
         self.running.add(request.request_id)
+        scheduled_s = time.monotonic()
         finished = False
         try:
             gathered: list[int] = []
@@ -81,14 +83,16 @@ class FakeShard:
                 gathered.append(token_id)
                 finished = token_id == count - 1
                 if request.stream or finished:
-                    yield self._output(gathered, finished, len(prompt.token_ids))
+                    yield self._output(gathered, finished, len(prompt.token_ids), scheduled_s)
                     gathered = []
         finally:
             self.running.discard(request.request_id)
             if not finished:
                 self.aborted.append(request.request_id)
 
-    def _output(self, token_ids: list[int], finished: bool, prompt_tokens: int) -> Output:
+    def _output(
+        self, token_ids: list[int], finished: bool, prompt_tokens: int, scheduled_s: float
+    ) -> Output:
         text = "".join(f"{token_id} " for token_id in token_ids)
         reason = FinishReason.LENGTH if finished else None
         return Output(
@@ -96,4 +100,5 @@ class FakeShard:
             finished=finished,
             prompt_tokens=prompt_tokens,
             cached_tokens=0,
+            scheduled_s=scheduled_s,
         )

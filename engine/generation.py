@@ -147,6 +147,8 @@ class Output:
     cached_tokens: int
     queue_s: float = 0.0
     """Time in the engine's queue until first scheduled."""
+    scheduled_s: float = 0.0
+    """When it was first scheduled, on the machine's monotonic clock; 0: not known."""
     decode_s: float = 0.0
     """Time between the first and the last token so far."""
     prompt_logprobs: Sequence[PositionLogprobs] = field(default_factory=tuple)

@@ -35,6 +35,7 @@ def to_output(output: RequestOutput, sampling: Mapping[str, Any], shard: str) ->
         prompt_tokens=len(output.prompt_token_ids or ()),
         cached_tokens=output.num_cached_tokens or 0,
         queue_s=max(0.0, metrics.scheduled_ts - metrics.queued_ts) if metrics else 0.0,
+        scheduled_s=metrics.scheduled_ts if metrics else 0.0,
         decode_s=metrics.last_token_ts - metrics.first_token_ts if metrics else 0.0,
         prompt_logprobs=[
             _position(entry, None, asked_of_prompt) for entry in output.prompt_logprobs or ()

@@ -21,6 +21,7 @@ from engine.errors import (
     AdapterLoadFailed,
     EngineError,
     GenerationFailed,
+    LoadFault,
     ShardUnavailable,
 )
 from engine.generation import ServedVersion, VersionKey
@@ -117,15 +118,18 @@ class Residency:
         holders: Holders,
         observe_load: Callable[[str, float, bool], None] = lambda shard, duration_s, ok: None,
         observe_resident: Callable[[str, int], None] = lambda shard, count: None,
+        observe_failure: Callable[[LoadFault], None] = lambda fault: None,
     ) -> None:
         """`observe_load` is told of each load: shard, seconds, whether it worked. And
-        `observe_resident` how many versions the shard has loaded, whenever that changes."""
+        `observe_resident` how many versions the shard has loaded, whenever that changes;
+        `observe_failure` why a version is not, whenever those who wait for it are told."""
         self._shard = shard
         self._capacity = places
         self._versions = versions
         self._holders = holders
         self._observe_load = observe_load
         self._observe_resident = observe_resident
+        self._observe_failure = observe_failure
         self._places: dict[VersionKey, Place] = {}
         self._wanted: dict[VersionKey, asyncio.Future[ServedVersion]] = {}
         """In the order of arrival; the first is the next, or is being loaded."""
@@ -245,6 +249,7 @@ class Residency:
     def _fail(self, key: VersionKey, error: EngineError) -> None:
         reason = error.reason if isinstance(error, AdapterLoadFailed) else str(error)
         self._failures[key] = _Failure(reason, time.monotonic())
+        self._observe_failure(_fault_of(error))
         self._holders.failed(self.shard, key, reason)
         self._wanted.pop(key).set_exception(error)
 
@@ -259,7 +264,8 @@ class Residency:
                 self._observe_load(self.shard, time.monotonic() - begin_s, False)
                 logger.warning("%s: %s: attempt %d: %s", self.shard, key, attempt, error)
                 refusal = AdapterLoadFailed(
-                    key.adapter, key.version, f"the engine refuses it: {error}"
+                    *(key.adapter, key.version, f"the engine refuses it: {error}"),
+                    LoadFault.ENGINE,
                 )
                 version = await self._versions.with_new_id(version)
             except ShardUnavailable:
@@ -353,6 +359,12 @@ class Residency:
             del self._failures[key]
             return None
         return failure
+
+
+def _fault_of(error: EngineError) -> LoadFault:
+    if isinstance(error, AdapterLoadFailed):
+        return error.fault
+    return LoadFault.SHARD if isinstance(error, ShardUnavailable) else LoadFault.OTHER
 
 
 def _retrieve(future: asyncio.Future[Any]) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import enum
 from collections.abc import Container, Iterator
 from contextlib import contextmanager
+from typing import ClassVar
 
 from gateway.call import Call
 
@@ -20,16 +22,33 @@ RETRY_DELAY_S = 1.0
 """What RetryInfo advises while draining or overloaded."""
 
 
-class Overloaded(Exception):
+class Shed(enum.Enum):
+    """Why a call is not admitted; the values are a metric's label."""
+
+    OVERLOADED = "overloaded"
+    DRAINING = "draining"
+
+
+class Refused(Exception):
+    """The gateway takes no more calls of a kind now. The caller has done nothing wrong."""
+
+    shed: ClassVar[Shed]
+
+
+class Overloaded(Refused):
     """The gateway holds as many calls of a kind as it admits."""
+
+    shed = Shed.OVERLOADED
 
     def __init__(self, limit: int, what: str = "requests") -> None:
         super().__init__(f"the gateway holds {limit} {what}, its limit; retry later")
         self.limit = limit
 
 
-class Draining(Exception):
+class Draining(Refused):
     """The server is shutting down: no new calls, and at the end of its grace no running ones."""
+
+    shed = Shed.DRAINING
 
     def __init__(self) -> None:
         super().__init__("the server is shutting down; retry, on another connection")

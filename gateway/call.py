@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 
 BASE_MODEL_LABEL = "(base)"
 """Stands for the base model where adapters are named; no adapter can be called that."""
+UNRESOLVED_LABEL = "(none)"
+"""Label of calls that failed before an adapter was found, and of those that need none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +43,8 @@ class Call:
 
     adapter: str | None = None
     """Name of the adapter once resolved, `(base)` for the base model; None: not resolved."""
+    adapter_label: str = UNRESOLVED_LABEL
+    """What the adapter is called in metrics, from its resolution to the end of the call."""
     version: int = 0
     shard: str = ""
     render_s: float = 0.0
@@ -49,6 +53,8 @@ class Call:
     cached_tokens: int = 0
     completion_tokens: int = 0
     """Tokens generated so far; on a stream, those handed to the writer."""
+    scheduled_s: float = 0.0
+    """When an engine first scheduled it, known with its first token; 0: not known."""
     first_token_s: float | None = None
     last_token_s: float | None = None
     finish_reasons: tuple[str, ...] = ()

@@ -16,7 +16,7 @@ from engine.base_model import ModelFingerprints
 from engine.core import ClientSlot
 from engine.generation import ServedVersion, VersionKey
 from engine.pool import ServedAdapter, ServedView
-from engine.ring import Plan
+from engine.ring import AdapterKey, Plan
 from engine.shard import ModelInfo
 from gateway.arms import Outcome
 from gateway.settings import Settings
@@ -44,6 +44,8 @@ class Orders:
     """What each shard has loaded, by its name."""
     plan: Plan
     """How many replicas hot adapters have."""
+    named: frozenset[AdapterKey]
+    """The adapters that have series of their own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +78,13 @@ class LoadFailed:
     shard: str
     key: VersionKey
     reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class NameAdapters:
+    """Host: these adapters have series of their own from now on, and no others."""
+
+    named: frozenset[AdapterKey]
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,7 +193,7 @@ class Answer:
 Sent = TypeVar("Sent")
 Received = TypeVar("Received")
 
-HostMessage = Orders | Ask | Loaded | LoadFailed | Drain | ShardDied
+HostMessage = Orders | Ask | Loaded | LoadFailed | Drain | ShardDied | NameAdapters
 Unasked = Want | Ended | Used
 """What a worker says of itself while it serves."""
 WorkerMessage = Imported | Serving | Unasked | Answer | Failed

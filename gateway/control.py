@@ -29,7 +29,7 @@ from engine.ledger import Ledger
 from engine.pool import ServedView
 from engine.probe import Probe
 from engine.replication import Planner
-from engine.ring import Plan
+from engine.ring import AdapterKey, Plan
 from engine.servability import trainable_modules
 from engine.shard import VllmShard
 from gateway import adapters, training
@@ -41,6 +41,7 @@ from gateway.channel import Ended, Unasked, Used, Want
 from gateway.checkpoint_sources import TRAIN_SCHEME
 from gateway.evaluation import Evaluations
 from gateway.judgement import Judgement
+from gateway.naming import Naming
 from gateway.planning import Planning
 from gateway.processes import Processes
 from gateway.relay import caller
@@ -61,6 +62,7 @@ from store.registry import Registry
 from store.sources import AllowedSources
 from store.upload_folder import StorageFull
 from store.uploads import UploadBusy, UploadStore
+from trainer.pulse import Pulse
 from trainer.served import ServedModel
 
 logger = logging.getLogger(__name__)
@@ -93,7 +95,9 @@ class ControlPlane:
         self._uploads = UploadStore(state_dir)
         self._sources = AllowedSources(settings.adapter_source_allow)
         self._processes = Processes(fleet)
-        self._ledger = Ledger(registry, self._processes)
+        self._planner = Planner(settings.max_cpu_loras)
+        self._naming = Naming(self._planner.shares, self._processes, fleet)
+        self._ledger = Ledger(registry, self._naming)
         self._arms = Arms()
         self._judgement = Judgement(registry, self._ledger, self._arms, self._processes)
         self._admission = Admission(MAX_STREAMS)
@@ -112,6 +116,7 @@ class ControlPlane:
     async def open(self) -> None:
         """Read what is registered."""
         await self._ledger.open()
+        self._naming.open(self._ledger.view)
         await self._training.open()
 
     @property
@@ -130,6 +135,15 @@ class ControlPlane:
         """How many replicas hot adapters have."""
         assert self._planning is not None
         return self._planning.plan
+
+    @property
+    def named(self) -> frozenset[AdapterKey]:
+        """The adapters that have series of their own."""
+        return self._naming.named
+
+    async def training_pulse(self) -> Pulse:
+        """How many jobs there are, and how their processes do."""
+        return await self._training.pulse()
 
     def hear(self, message: Unasked) -> None:
         """What a worker says unasked."""
@@ -201,12 +215,11 @@ class ControlPlane:
         """Load, probe and evaluate on these shards. Call `run` from now on."""
         assert self._catalog is not None and self._served is not None
         catalog, served, settings = self._catalog, self._served, self._settings
-        places = settings.max_cpu_loras
         self._shards = ours = Shards(
-            settings.shard_names, places, catalog, self._processes, self.view
+            settings.shard_names, settings.max_cpu_loras, catalog, self._processes, self.view
         )
         pool = ours.pool
-        self._planning = Planning(Planner(places), ours, catalog, self._ledger, self._processes)
+        self._planning = Planning(self._planner, ours, catalog, self._ledger, self._processes)
         catalog.serve_on(ours.residencies, pool, Probe(), self._training.trials(served))
         evaluations = Evaluations(self._registry, self._sources, pool, settings.max_num_seqs)
         servicer = self._training.serve(
@@ -226,6 +239,7 @@ class ControlPlane:
             tasks.create_task(self._shards.run())
             if self._settings.shards > 1:
                 tasks.create_task(self._planning.run())
+            tasks.create_task(self._naming.run())
             tasks.create_task(self._judgement.guard())
             tasks.create_task(self._sweep())
             tasks.create_task(self._training.run())

@@ -69,9 +69,12 @@ class Dispatch:
 async def _run(
     request: GenerationRequest, route: Route, call: Call
 ) -> AsyncGenerator[Output, None]:
-    async with route.lease() as version:
-        prompt = await route.shard.render(request.prompt)
-        call.render_s = prompt.render_s
-        async with contextlib.aclosing(route.shard.generate(request, prompt, version)) as outputs:
-            async for output in outputs:
-                yield output
+    with metrics.shard_inflight.labels(route.shard.name).track_inprogress():
+        async with route.lease() as version:
+            prompt = await route.shard.render(request.prompt)
+            call.render_s = prompt.render_s
+            async with contextlib.aclosing(
+                route.shard.generate(request, prompt, version)
+            ) as outputs:
+                async for output in outputs:
+                    yield output

@@ -28,11 +28,12 @@ from gateway.call import Principal
 from gateway.channel import Orders
 from gateway.control import ControlPlane
 from gateway.keeper import ShardKeeper
-from gateway.metrics import MetricsEndpoint
+from gateway.metrics import MetricsEndpoint, registry_commit
 from gateway.port import HeldPort, PortTaken
 from gateway.settings import Settings
 from gateway.shard_gauges import ShardGauges
 from gateway.supervisor import Supervisor
+from gateway.training_gauges import TrainingGauges
 from gateway.worker_process import WorkerProcess
 from gateway.workers import WorkerFleet
 from store.sqlite_jobs import SqliteJobs
@@ -117,9 +118,10 @@ class Host:
 
         model_path = await asyncio.to_thread(resolve_model, settings.model, state.path)
         prints = await asyncio.to_thread(fingerprints, model_path)
-        registry = SqliteRegistry(state.path / REGISTRY_FILE)
+        commit = registry_commit.observe
+        registry = SqliteRegistry(state.path / REGISTRY_FILE, observe_commit=commit)
         await self._owned.enter_async_context(registry)
-        jobs = SqliteJobs(state.path / REGISTRY_FILE)
+        jobs = SqliteJobs(state.path / REGISTRY_FILE, observe_commit=commit)
         await self._owned.enter_async_context(jobs)
 
         # Workers import while adapters are checked and the core loads: all take seconds.
@@ -162,6 +164,7 @@ class Host:
         )
         await supervisor.start(config)
         endpoint.add(ShardGauges(settings.model, lambda: supervisor.shards))
+        endpoint.add(TrainingGauges(control.training_pulse))
         control.serve_on(supervisor.shards)
         self._watch(control.run())
         self._watch(supervisor.keep(control))
@@ -193,6 +196,7 @@ class Host:
             view=control.view,
             resident=control.resident,
             plan=control.plan,
+            named=control.named,
         )
 
     async def _after_death(self, worker: WorkerProcess, endpoint: MetricsEndpoint) -> None:

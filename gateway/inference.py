@@ -8,7 +8,9 @@ from collections.abc import AsyncIterator
 
 from engine.generation import GenerationRequest, Output, VersionKey
 from engine.pool import ShardPool
+from engine.ring import AdapterKey
 from gateway import codec, metrics
+from gateway.adapter_labels import AdapterLabels
 from gateway.admission import Admission
 from gateway.call import BASE_MODEL_LABEL, Call, current_call
 from gateway.dispatch import Dispatch
@@ -20,8 +22,11 @@ from lora_gateway.v1.inference_pb2_grpc import InferenceServicer
 class Inference(InferenceServicer):
     """Answers from the shards of this worker."""
 
-    def __init__(self, pool: ShardPool, admission: Admission, model: pb.Model) -> None:
+    def __init__(
+        self, pool: ShardPool, admission: Admission, model: pb.Model, labels: AdapterLabels
+    ) -> None:
         self._pool = pool
+        self._labels = labels
         self._dispatch = Dispatch(pool, admission)
         self._admission = admission
         self._model = model
@@ -61,7 +66,7 @@ class Inference(InferenceServicer):
             key = self._resolve(decoded, call)
             engine_request = _engine_request(decoded, call, stream=True)
             ends: dict[int, pb.CompletionEnd] = {}
-            observe_itl = metrics.itl_observer(call.adapter or "")
+            observe_itl = metrics.itl_observer(call.adapter_label)
             async with contextlib.aclosing(
                 self._dispatch.outputs(engine_request, key, call)
             ) as outputs:
@@ -120,6 +125,9 @@ class Inference(InferenceServicer):
         )
         call.adapter = decoded.adapter or BASE_MODEL_LABEL
         call.version = 0 if key is None else key.version
+        call.adapter_label = (
+            BASE_MODEL_LABEL if key is None else self._labels.of(AdapterKey(*key[:2]))
+        )
         return key
 
 
@@ -142,6 +150,7 @@ def _observe(call: Call, output: Output) -> None:
         call.first_token_s = now_s - output.decode_s  # a unary call sees its first token late
         call.prompt_tokens = output.prompt_tokens
         call.cached_tokens = output.cached_tokens
+        call.scheduled_s = output.scheduled_s
     call.last_token_s = now_s
     for delta in output.deltas:
         call.completion_tokens += len(delta.token_ids)

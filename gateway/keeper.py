@@ -88,6 +88,8 @@ class ShardKeeper:
     ) -> None:
         """Cores are started in this `environment`. One that does not answer for
         `stall_timeout_s` is killed."""
+        for cause in Cause:
+            metrics.shard_restarts.labels(name, cause.value)  # from 0, so that growth is seen
         self.name = name
         self.state = KeeperState.STARTING
         self.shard: VllmShard | None = None

@@ -1,8 +1,9 @@
 """The gateway's own metrics, summed over its processes.
 
 prometheus_client's multiprocess mode: each process writes to files of a folder that
-`prepare_environment` named, and the host's endpoint adds them up. Labels hold names of
-served adapters only, so a caller cannot make series by asking for others.
+`prepare_environment` named, and the host's endpoint adds them up. A series is for ever, so each
+label has few values: enums, names of shards, and of adapters those that the host has named
+(`gateway/adapter_labels.py`). What an alert watches for growth begins at 0.
 """
 
 from __future__ import annotations
@@ -15,13 +16,14 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, star
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 from prometheus_client.registry import Collector
 
+from engine import gate, ring
 from engine.core import LATENCY_BUCKETS_S
-from engine.gate import Reason
+from engine.errors import LoadFault
 from engine.pool import Route
+from gateway.adapter_labels import Dropped
+from gateway.admission import Shed
 from gateway.call import Call
-
-UNRESOLVED_LABEL = "(none)"
-"""Label of calls that failed before an adapter was found, and of those that need none."""
+from gateway.imbalance import Imbalance
 
 _requests = Counter(
     "llm_adapter_requests",
@@ -38,6 +40,23 @@ _tokens = Counter(
     "llm_adapter_tokens",
     "Tokens of ended calls: prompt, completion, cached (part of prompt).",
     ["adapter", "kind"],
+)
+_queue_wait = Histogram(
+    "gateway_queue_wait_seconds",
+    "From the arrival of a call until an engine first scheduled it: rendering, loads of adapters "
+    "and the engine's queue. Of calls that had a token.",
+    buckets=LATENCY_BUCKETS_S,
+)
+_series_dropped = Counter(
+    "gateway_series_dropped",
+    "Adapters whose calls began to be counted under (other): rank, others have more traffic; "
+    "spent, all names that one gateway gives are given.",
+    ["reason"],
+)
+_shed = Counter(
+    "gateway_shed",
+    "Calls that were not admitted: overloaded, draining.",
+    ["reason"],
 )
 inflight = Gauge("gateway_inflight_calls", "Calls that run now.", multiprocess_mode="livesum")
 stalled_streams = Gauge(
@@ -69,6 +88,17 @@ retries = Counter(
     "gateway_retries",
     "Requests that were sent to a second shard, because the first died before a token came.",
 )
+retry_budget_used = Gauge(
+    "gateway_retry_budget_used",
+    "Share of the second tries that a worker may have at once, of the worker that has most.",
+    multiprocess_mode="livemax",
+)
+shard_inflight = Gauge(
+    "gateway_inflight",
+    "Requests that are placed on a shard and not done, those that wait for it included.",
+    ["shard"],
+    multiprocess_mode="livesum",
+)
 shard_up = Gauge(
     "gateway_shard_up",
     "Whether a shard takes requests: 1 or 0.",
@@ -92,6 +122,12 @@ _adapter_load = Histogram(
     ["shard", "result"],
     buckets=LATENCY_BUCKETS_S,
 )
+_load_failures = Counter(
+    "adapter_load_failures",
+    "Adapter versions that could not be loaded: engine, it refused them; files, they are damaged; "
+    "state, they are READY no more; shard, it died; other.",
+    ["reason"],
+)
 _adapters_resident = Gauge(
     "adapters_resident",
     "Adapter versions that an engine has loaded.",
@@ -105,6 +141,28 @@ _gate_rejections = Counter(
     "shape, other. One may have several.",
     ["reason"],
 )
+registry_commit = Histogram(
+    "registry_commit_seconds",
+    "Transactions of the registry and the jobs, until they are durable.",
+    buckets=LATENCY_BUCKETS_S,
+)
+
+for _counter, _reasons in (
+    (_series_dropped, Dropped),
+    (_shed, Shed),
+    (_load_failures, LoadFault),
+    (_gate_rejections, gate.Reason),
+):
+    for _reason in _reasons:
+        _counter.labels(_reason.value)
+
+
+def know_shard(shard: str) -> None:
+    """Begin the series of a shard at 0."""
+    shard_inflight.labels(shard)
+    engine_recovery.labels(shard)
+    for reason in ring.Reason:
+        _placements.labels(shard, reason.value)
 
 
 def observe_placement(route: Route) -> None:
@@ -117,12 +175,27 @@ def observe_load(shard: str, duration_s: float, ok: bool) -> None:
     _adapter_load.labels(shard, "ok" if ok else "failed").observe(duration_s)
 
 
+def observe_load_failure(fault: LoadFault) -> None:
+    """Count one adapter version that could not be loaded."""
+    _load_failures.labels(fault.value).inc()
+
+
+def observe_dropped(reason: Dropped) -> None:
+    """Count one adapter that is called and has no series of its own."""
+    _series_dropped.labels(reason.value).inc()
+
+
+def observe_shed(reason: Shed) -> None:
+    """Count one call that was not admitted."""
+    _shed.labels(reason.value).inc()
+
+
 def observe_resident(shard: str, count: int) -> None:
     """Note how many adapter versions an engine has loaded."""
     _adapters_resident.labels(shard).set(count)
 
 
-def observe_gate_rejection(reason: Reason) -> None:
+def observe_gate_rejection(reason: gate.Reason) -> None:
     """Count one trained adapter that was not published."""
     _gate_rejections.labels(reason.value).inc()
 
@@ -134,13 +207,15 @@ def itl_observer(adapter: str) -> Callable[[float], None]:
 
 def record(call: Call, code: str, end_s: float) -> None:
     """Count one call that ended at `end_s` on the monotonic clock."""
-    adapter = call.adapter or UNRESOLVED_LABEL
+    adapter = call.adapter_label
     _requests.labels(call.method, adapter, code).inc()
     if call.first_token_s is not None:
         _latency.labels(adapter, "ttft").observe(call.first_token_s - call.started_s)
         _tokens.labels(adapter, "prompt").inc(call.prompt_tokens)
         _tokens.labels(adapter, "completion").inc(call.completion_tokens)
         _tokens.labels(adapter, "cached").inc(call.cached_tokens)
+        if call.scheduled_s:
+            _queue_wait.observe(max(0.0, call.scheduled_s - call.started_s))
     if code == "OK":
         _latency.labels(adapter, "e2e").observe(end_s - call.started_s)
 
@@ -152,7 +227,7 @@ class MetricsEndpoint:
         """Listen on `HOST:PORT`. Raises OSError if it is taken."""
         self._host, _, port = address.rpartition(":")
         self._registry = CollectorRegistry()
-        MultiProcessCollector(self._registry)  # type: ignore[no-untyped-call]
+        self._registry.register(Imbalance(MultiProcessCollector(None)))  # type: ignore[no-untyped-call]
         self._server: WSGIServer
         self._thread: Thread
         self._server, self._thread = start_http_server(

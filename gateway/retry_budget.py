@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from gateway import metrics
 from gateway.admission import Admission
 
 LEAST = 3
@@ -23,13 +24,21 @@ class RetryBudget:
     @property
     def has_room(self) -> bool:
         """Whether one more may be tried again now."""
-        return self._running < max(LEAST, SHARE * self._admission.held)
+        return self._running < self._most
+
+    @property
+    def _most(self) -> float:
+        return max(LEAST, SHARE * self._admission.held)
 
     @contextmanager
     def retry(self) -> Iterator[None]:
         """Count a second try while it runs."""
-        self._running += 1
+        self._count(+1)
         try:
             yield
         finally:
-            self._running -= 1
+            self._count(-1)
+
+    def _count(self, more: int) -> None:
+        self._running += more
+        metrics.retry_budget_used.set(self._running / self._most)

@@ -36,6 +36,8 @@ class Shards:
         view: ServedView,
     ) -> None:
         """`names` are those of all shards; each has so many `places` for adapters."""
+        for name in names:
+            metrics.know_shard(name)
         self.pool = ShardPool((), {}, view, names)
         self.residencies: dict[str, Residency] = {}
         """Of the shards whose cores run."""
@@ -76,6 +78,7 @@ class Shards:
             self._processes,
             metrics.observe_load,
             metrics.observe_resident,
+            metrics.observe_load_failure,
         )
         metrics.observe_resident(shard.name, 0)
         residents = Residents(residency.want, shard.requests_of)

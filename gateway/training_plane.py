@@ -30,9 +30,10 @@ from store.uploads import DATASET_UPLOADS, UploadStore
 from trainer.datasets import Datasets
 from trainer.devices import Device
 from trainer.estimate import Price
-from trainer.jobs import Jobs
+from trainer.jobs import JOBS_FOLDER, Jobs
 from trainer.preparation import Preparations
 from trainer.prepared_folders import PreparedFolders
+from trainer.pulse import Pulse, take_pulse
 from trainer.served import ServedModel
 
 
@@ -54,7 +55,7 @@ class TrainingPlane:
             UploadStore(state_dir, folder=DATASET_UPLOADS),
             PreparedFolders(state_dir),
         )
-        self.sources = CheckpointSources(state_dir / "jobs")
+        self.sources = CheckpointSources(state_dir / JOBS_FOLDER)
         """Checkpoints as sources of adapters."""
         self._preparations: Preparations | None = None
         self._jobs: Jobs | None = None
@@ -115,6 +116,10 @@ class TrainingPlane:
         """Run jobs, until cancelled."""
         assert self._jobs is not None
         await self._jobs.run()
+
+    async def pulse(self) -> Pulse:
+        """How many jobs there are, and how their processes do."""
+        return await take_pulse(self._store, self._state_dir / JOBS_FOLDER)
 
     async def sweep_uploads(self) -> None:
         """Drop uploads that nobody went on with."""

@@ -19,6 +19,7 @@ from engine.pool import ShardPool
 from engine.shard import VllmShard, preload
 from engine.signals import die_with_parent
 from gateway import metrics
+from gateway.adapter_labels import AdapterLabels
 from gateway.admission import Admission, Draining
 from gateway.arms import Outcome, Reporter
 from gateway.attachments import Attachments
@@ -37,6 +38,7 @@ from gateway.channel import (
     Leave,
     Loaded,
     LoadFailed,
+    NameAdapters,
     Orders,
     Question,
     Serving,
@@ -128,7 +130,8 @@ class Worker:
             self._ended,
         )
         card = model_card(settings, orders.model, orders.fingerprints, self._admission.limit)
-        inference = Inference(self._pool, self._admission, card)
+        self._labels = AdapterLabels(orders.named)
+        inference = Inference(self._pool, self._admission, card, self._labels)
         self._relay = Relay(orders.control_address, HOST_PATHS, edge)
         self._server = GatewayServer(edge, inference, settings, self._relay)
         self._tasks: list[asyncio.Task[None]] = []
@@ -197,6 +200,8 @@ class Worker:
                             residents.failed(key, reason)
                     case ShardDied(name):
                         self._attachments.lose(name)
+                    case NameAdapters(named):
+                        self._labels.named = named
                     case Drain(delay_s, grace_s):
                         tasks.create_task(self._drain(delay_s, grace_s))
                     case None:  # the host is gone

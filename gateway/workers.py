@@ -23,6 +23,7 @@ from gateway.channel import (
     Imported,
     Loaded,
     LoadFailed,
+    NameAdapters,
     Orders,
     Question,
     Serving,
@@ -119,7 +120,7 @@ class WorkerFleet:
             self._changed.clear()
             await self._changed.wait()
 
-    def tell(self, message: Loaded | LoadFailed | ShardDied) -> None:
+    def tell(self, message: Loaded | LoadFailed | ShardDied | NameAdapters) -> None:
         """Tell every worker that serves, is about to, or still finishes its calls."""
         for worker in self._workers:
             if worker.at_work:

@@ -78,6 +78,16 @@ class JobKey(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
+class JobTally:
+    """All jobs of all tenants, counted."""
+
+    counts: Mapping[JobState, int]
+    """How many there are, of every state."""
+    active: Sequence[tuple[str, JobState, int]]
+    """Uid, state and attempt of those that have not ended, oldest first."""
+
+
+@dataclass(frozen=True, slots=True)
 class DatasetRecord:
     """One uploaded file. It never changes."""
 

@@ -19,6 +19,7 @@ from store.job_records import (
     JobKey,
     JobRecord,
     JobState,
+    JobTally,
     NewJob,
 )
 
@@ -122,6 +123,10 @@ class JobStore(Protocol):
 
         Names only: one job that cannot be read is not to hide the others.
         """
+
+    async def tally(self) -> JobTally:
+        """How many jobs of all tenants there are in each state, and the attempts of those that
+        have not ended."""
 
     async def change_job(self, seen: JobRecord, change: JobChange) -> JobRecord:
         """Change a job that is still at the epoch that was seen, and write the events.

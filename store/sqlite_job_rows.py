@@ -6,7 +6,7 @@ import sqlite3
 from collections.abc import Collection
 from typing import Any
 
-from store.job_records import Intent, JobKey, JobRecord, JobState, JobUnknown
+from store.job_records import Intent, JobKey, JobRecord, JobState, JobTally, JobUnknown
 from store.sqlite_columns import json_from_column, json_to_column, mapping_from_column
 from store.sqlite_events import MAX_INTEGER
 
@@ -60,6 +60,17 @@ def active_jobs(db: sqlite3.Connection) -> list[JobKey]:
     """See `JobStore.active_jobs`."""
     rows = db.execute("SELECT tenant, name FROM job WHERE end_time_ns IS NULL ORDER BY number")
     return [JobKey(*row) for row in rows]
+
+
+def tally(db: sqlite3.Connection) -> JobTally:
+    """See `JobStore.tally`."""
+    counts = dict.fromkeys(JobState, 0)
+    for state, count in db.execute("SELECT state, count(*) FROM job GROUP BY state"):
+        counts[JobState(state)] = count
+    rows = db.execute(
+        "SELECT uid, state, attempt FROM job WHERE end_time_ns IS NULL ORDER BY number"
+    )
+    return JobTally(counts, [(uid, JobState(state), attempt) for uid, state, attempt in rows])
 
 
 def count_active_jobs(db: sqlite3.Connection) -> int:

@@ -29,12 +29,13 @@ from store.job_records import (
     JobKey,
     JobRecord,
     JobState,
+    JobTally,
     JobUnknown,
     NewJob,
 )
 from store.jobs import JobStore
 from store.sqlite_job_creation import Creation
-from store.sqlite_thread import SqliteThread, check_limit
+from store.sqlite_thread import SqliteThread, check_limit, unobserved
 
 
 def _random_uid() -> str:
@@ -53,10 +54,12 @@ class SqliteJobs(SqliteThread, JobStore):
         *,
         clock_ns: Callable[[], int] = time.time_ns,
         make_uid: Callable[[], str] = _random_uid,
+        observe_commit: Callable[[float], None] = unobserved,
     ) -> None:
         """`clock_ns` tells the time of changes, in nanoseconds since the epoch; `make_uid` gives
-        32 hex digits that no job has had."""
-        super().__init__(path, clock_ns, "jobs")
+        32 hex digits that no job has had; `observe_commit` hears how long each change took, see
+        `SqliteThread`."""
+        super().__init__(path, clock_ns, "jobs", observe_commit)
         self._make_uid = make_uid
 
     async def add_dataset(
@@ -120,6 +123,9 @@ class SqliteJobs(SqliteThread, JobStore):
 
     async def active_jobs(self) -> list[JobKey]:
         return await self._read(sqlite_job_rows.active_jobs)
+
+    async def tally(self) -> JobTally:
+        return await self._read(sqlite_job_rows.tally)
 
     async def change_job(self, seen: JobRecord, change: JobChange) -> JobRecord:
         return await self._write(

@@ -32,7 +32,7 @@ from store.records import (
 )
 from store.registry import Registry
 from store.sqlite_events import Change
-from store.sqlite_thread import SqliteThread, check_limit
+from store.sqlite_thread import SqliteThread, check_limit, unobserved
 
 T = TypeVar("T")
 
@@ -45,9 +45,16 @@ class SqliteRegistry(SqliteThread, Registry):
     waited for.
     """
 
-    def __init__(self, path: Path, *, clock_ns: Callable[[], int] = time.time_ns) -> None:
-        """`clock_ns` tells the time of changes, in nanoseconds since the epoch."""
-        super().__init__(path, clock_ns, "registry")
+    def __init__(
+        self,
+        path: Path,
+        *,
+        clock_ns: Callable[[], int] = time.time_ns,
+        observe_commit: Callable[[float], None] = unobserved,
+    ) -> None:
+        """`clock_ns` tells the time of changes, in nanoseconds since the epoch; `observe_commit`
+        how long each took, see `SqliteThread`."""
+        super().__init__(path, clock_ns, "registry", observe_commit)
 
     async def begin_version(self, new: NewVersion, *, request_id: str, actor: str) -> VersionRecord:
         return await self._change(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import sqlite3
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -29,11 +30,19 @@ class SqliteThread:
     """A base of what is kept in the file. StorageFull is raised when the disk is full, and
     sqlite3.Error comes through when it fails. What else has the file open is waited for."""
 
-    def __init__(self, path: Path, clock_ns: Callable[[], int], name: str) -> None:
+    def __init__(
+        self,
+        path: Path,
+        clock_ns: Callable[[], int],
+        name: str,
+        observe_commit: Callable[[float], None],
+    ) -> None:
         """`clock_ns` tells the time of changes, in nanoseconds since the epoch; `name` is what
-        the thread is called."""
+        the thread is called. `observe_commit` is told, in that thread, how many seconds each
+        transaction took that is durable, without the wait for its turn."""
         self._path = path
         self._clock_ns = clock_ns
+        self._observe_commit = observe_commit
         self._thread = ThreadPoolExecutor(1, thread_name_prefix=name)
         self._turn = _turns.setdefault(path.absolute(), threading.Lock())
         self._connection: sqlite3.Connection | None = None  # the thread's alone
@@ -79,8 +88,12 @@ class SqliteThread:
 
         def run() -> T:
             db = self._opened()
-            with self._turn, transaction(db):
-                return body(db)
+            with self._turn:
+                begin_s = time.perf_counter()
+                with transaction(db):
+                    result = body(db)
+                self._observe_commit(time.perf_counter() - begin_s)
+                return result
 
         return await self._call(run)
 
@@ -113,6 +126,10 @@ class SqliteThread:
 def _is_full(error: sqlite3.Error) -> bool:
     code: int | None = getattr(error, "sqlite_errorcode", None)  # not of all that is raised
     return code is not None and code & _PRIMARY == sqlite3.SQLITE_FULL
+
+
+def unobserved(seconds: float) -> None:
+    """Where nobody wants to know how long a transaction took."""
 
 
 def check_limit(limit: int) -> None:

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
-from engine.errors import AdapterLoadFailed, GenerationFailed, ShardUnavailable
+from engine.errors import AdapterLoadFailed, GenerationFailed, LoadFault, ShardUnavailable
 from engine.generation import ServedVersion, VersionKey
 from engine.residency import Residency
 from engine.residents import Residents, Use
@@ -99,7 +99,7 @@ class Stock:
         if self.fails is not None:
             raise self.fails
         if key in self.refused:
-            raise AdapterLoadFailed(key.adapter, key.version, self.refused[key])
+            raise AdapterLoadFailed(*key[1:], self.refused[key], LoadFault.STATE)
         return self.versions[key]
 
     async def with_new_id(self, version: ServedVersion) -> ServedVersion:

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 
+from engine.errors import LoadFault
 from engine.generation import VersionKey
 from engine.residency import Residency
 from engine.residents import Resident
@@ -27,6 +28,7 @@ class Stage:
     runs: asyncio.Task[None]
     loads: list[tuple[str, bool]] = field(default_factory=list)
     counts: list[int] = field(default_factory=list)
+    faults: list[LoadFault] = field(default_factory=list)
 
     @property
     def process(self) -> Process:
@@ -44,6 +46,7 @@ async def stage(places: int, processes: int = 1) -> AsyncIterator[Stage]:
     crowd = Crowd(core, processes)
     loads: list[tuple[str, bool]] = []
     counts: list[int] = []
+    faults: list[LoadFault] = []
     residency = Residency(
         core,
         places,
@@ -51,10 +54,11 @@ async def stage(places: int, processes: int = 1) -> AsyncIterator[Stage]:
         crowd,
         lambda shard, duration_s, ok: loads.append((shard, ok)),
         lambda shard, count: counts.append(count),
+        faults.append,
     )
     crowd.serve(residency)
     runs = asyncio.create_task(residency.run())
-    at = Stage(core, crowd, stock, residency, runs, loads, counts)
+    at = Stage(core, crowd, stock, residency, runs, loads, counts, faults)
     try:
         async with asyncio.timeout(SOON_S):
             yield at

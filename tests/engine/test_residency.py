@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from engine import residency as module
-from engine.errors import AdapterLoadFailed, ShardUnavailable
+from engine.errors import AdapterLoadFailed, LoadFault, ShardUnavailable
 from engine.residents import Resident
 from tests.engine.crowd import SHARD
 from tests.engine.stage import A, B, C, D, happens, settled, stage, started
@@ -162,6 +162,7 @@ async def test_a_load_that_fails_is_tried_again_under_another_id() -> None:
         assert version.lora_int_id != before
         assert at.core.loads == [A, A]
         assert at.loads == [(SHARD, False), (SHARD, True)]
+        assert at.faults == [], "it was loaded"
 
 
 async def test_a_load_that_fails_twice_is_told_and_remembered_for_a_while(
@@ -174,6 +175,7 @@ async def test_a_load_that_fails_twice_is_told_and_remembered_for_a_while(
         with pytest.raises(AdapterLoadFailed, match="shapes do not match"):
             await at.process.residents.hold(A)
         assert at.core.loads == [A, A], "the second request cost no load"
+        assert at.faults == [LoadFault.ENGINE], "both attempts are one failure"
         assert at.residency.place(A) is None and at.core.keys == set()
         monkeypatch.setattr(module, "FAILURE_KEPT_S", -1.0)  # it is over
         assert (await at.process.residents.hold(A)).version.key == A  # the core looks at the id
@@ -205,6 +207,7 @@ async def test_what_may_not_be_loaded_takes_no_place() -> None:
         with pytest.raises(AdapterLoadFailed, match="it is DRAINING") as caught:
             await at.residency.ensure(B)
         assert caught.value.reason == "it is DRAINING"
+        assert at.faults == [LoadFault.STATE]
         with pytest.raises(AdapterLoadFailed, match="it is DRAINING"):
             await at.process.residents.hold(B)
         assert at.core.keys == {A} and at.core.loads == [A]
@@ -216,6 +219,7 @@ async def test_what_nobody_expected_ends_one_load_and_tells_no_internals() -> No
         with pytest.raises(AdapterLoadFailed, match="tell the operator") as caught:
             await at.process.residents.hold(A)
         assert "disk" not in str(caught.value)
+        assert at.faults == [LoadFault.OTHER]
         at.stock.fails = None
         await at.use(B)
 
@@ -229,6 +233,7 @@ async def test_a_dead_shard_is_told_as_such() -> None:
         with pytest.raises(AdapterLoadFailed, match="shard-0 is not available; retry"):
             await waiting
         assert at.loads == [(SHARD, False)]
+        assert at.faults == [LoadFault.SHARD]
 
 
 async def test_who_gives_up_waiting_leaves_nothing_held() -> None:

@@ -15,8 +15,10 @@ from engine.fake import FakeShard, Script
 from engine.generation import ServedVersion, VersionKey
 from engine.pool import ServedAdapter, ServedView, ShardPool
 from engine.residents import Residents
+from engine.ring import AdapterKey
 from engine.split import Split
 from gateway import metrics
+from gateway.adapter_labels import AdapterLabels
 from gateway.admission import Admission
 from gateway.call import Call
 from gateway.inference import Inference
@@ -102,9 +104,10 @@ async def start_fake_gateway(
     residents.loaded(ALPHA)
     pool = ShardPool([shard], {shard.name: residents}, view)
     admission = Admission(limit)
+    labels = AdapterLabels(frozenset({AdapterKey(ALPHA.tenant, ALPHA.adapter)}))
     edge = Edge(admission, tracing or Tracing(None), unary_deadline_s, stream_deadline_s, ended)
     relay = None if host is None else Relay(host, HOST_PATHS, edge)
-    server = GatewayServer(edge, Inference(pool, admission, MODEL), settings, relay)
+    server = GatewayServer(edge, Inference(pool, admission, MODEL, labels), settings, relay)
     port = server.bind("127.0.0.1:0", settings)
     await server.start()
     await server.health.serving()

@@ -153,4 +153,5 @@ def orders() -> Orders:
         view=ServedView(),
         resident={},
         plan=NO_REPLICAS,
+        named=frozenset(),
     )

@@ -7,6 +7,7 @@ import contextlib
 from collections.abc import Callable
 
 import pytest
+from prometheus_client import REGISTRY
 
 from engine.errors import ShardUnavailable
 from engine.fake import FakeShard, Script
@@ -132,4 +133,8 @@ def test_the_budget_is_a_tenth_of_what_is_active_and_three_at_least(active: int,
             running.enter_context(budget.retry())
             taken += 1
         assert taken == room
+        assert REGISTRY.get_sample_value("gateway_retry_budget_used") == pytest.approx(
+            room / max(LEAST, active / 10)
+        )
     assert budget.has_room
+    assert REGISTRY.get_sample_value("gateway_retry_budget_used") == 0.0

@@ -12,20 +12,17 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import grpc
 import pytest
-from prometheus_client import REGISTRY
 from prometheus_client.parser import text_string_to_metric_families
 
+from engine.errors import LoadFault
 from gateway import metrics
-from gateway.call import BASE_MODEL_LABEL, Call
-from gateway.metrics import UNRESOLVED_LABEL, MetricsEndpoint
-from lora_gateway.v1 import inference_pb2 as pb
-from tests.gateway.conftest import FakeGateway
+from gateway.admission import Shed
+from gateway.call import BASE_MODEL_LABEL, UNRESOLVED_LABEL, Call
+from gateway.metrics import MetricsEndpoint
 
 ROOT = Path(__file__).parents[2]
 TIMEOUT_S = 60.0
@@ -45,6 +42,7 @@ def call(
     made = Call(method, task=None, started_s=START_S, adapter=adapter)
     if first_token_s is not None:
         made.first_token_s = START_S + first_token_s
+    made.adapter_label = adapter or UNRESOLVED_LABEL
     for kind, count in counts.items():
         setattr(made, f"{kind}_tokens", count)
     return made
@@ -56,6 +54,7 @@ def work() -> None:
     metrics.stalled_streams.set(1)
     metrics.loop_lag.set(float(os.environ["LAG_S"]))
     alpha = call("Generate", "alpha", first_token_s=0.25, prompt=10, cached=4, completion=6)
+    alpha.scheduled_s = START_S + 0.04
     metrics.record(alpha, "OK", START_S + 2.0)
     failed = call("GenerateStream", "alpha", first_token_s=0.25, prompt=10, completion=1)
     metrics.record(failed, "UNAVAILABLE", START_S + 3.0)
@@ -65,12 +64,18 @@ def work() -> None:
     observe = metrics.itl_observer("alpha")
     for gap_s in (0.02, 0.02, 0.04):
         observe(gap_s)
+    metrics.shard_inflight.labels("shard-0").inc(3)
+    metrics.observe_shed(Shed.OVERLOADED)
     print(os.getpid())
 
 
 def show() -> None:
     """A host: the page, before and after it forgets the workers of its arguments."""
     metrics.workers.labels("serving").set(2)
+    for shard in ("shard-0", "shard-1"):
+        metrics.know_shard(shard)
+        metrics.shard_up.labels(shard).set(1)
+    metrics.observe_load_failure(LoadFault.FILES)
     metrics.observe_resident("shard-0", 3)
     metrics.observe_load("shard-0", 0.2, True)
     metrics.observe_load("shard-0", 0.3, False)
@@ -199,6 +204,41 @@ def test_gauges_are_added_up_or_the_worst_is_shown(pages: list[Series]) -> None:
     assert pages[0]["gateway_event_loop_lag_seconds{}"] == 0.5
 
 
+def test_the_wait_for_an_engine_is_counted_where_one_was_told(pages: list[Series]) -> None:
+    def below(edge: str) -> float:
+        return pages[0][f"gateway_queue_wait_seconds_bucket{{le={edge}}}"]
+
+    assert [below("0.03"), below("0.05"), below("+Inf")] == [0, 2, 2]
+    assert pages[0]["gateway_queue_wait_seconds_sum{}"] == pytest.approx(2 * 0.04)
+
+
+def test_requests_in_flight_are_added_up_by_shard_and_weighed(pages: list[Series]) -> None:
+    assert pages[0]["gateway_inflight{shard=shard-0}"] == 6
+    assert pages[0]["gateway_inflight{shard=shard-1}"] == 0
+    assert pages[0]["gateway_hash_imbalance_ratio{}"] == 2.0
+    assert pages[2]["gateway_hash_imbalance_ratio{}"] == 1.0, "the workers are forgotten"
+
+
+def test_what_alerts_watch_for_growth_begins_at_nothing(pages: list[Series]) -> None:
+    begun = {
+        "gateway_shed_total": ("reason", {"overloaded": 2, "draining": 0}),
+        "adapter_load_failures_total": (
+            "reason",
+            {"engine": 0, "files": 1, "state": 0, "shard": 0, "other": 0},
+        ),
+        "gateway_series_dropped_total": ("reason", {"rank": 0, "spent": 0}),
+        "lora_gateway_gate_rejections_total": (
+            "reason",
+            dict.fromkeys(("logprob_delta", "eval_loss", "effect", "shape", "other"), 0),
+        ),
+    }
+    for name, (label, values) in begun.items():
+        shown = {key: value for key, value in pages[0].items() if key.startswith(f"{name}{{")}
+        assert shown == {f"{name}{{{label}={key}}}": value for key, value in values.items()}
+    for reason in ("planned", "failover", "overflow", "least_loaded"):
+        assert pages[0][f"gateway_placements_total{{reason={reason},shard=shard-1}}"] == 0
+
+
 def test_a_process_that_is_forgotten_loses_its_gauges_and_keeps_its_counters(
     pages: list[Series],
 ) -> None:
@@ -226,61 +266,3 @@ def test_what_the_host_knows_stays(pages: list[Series]) -> None:
 def test_a_taken_address_is_an_error_and_closing_ends_the_page(pages: list[str]) -> None:
     assert pages[3] == "taken: Address already in use"
     assert pages[4].startswith("closed: ")
-
-
-# --- labels ------------------------------------------------------------------
-
-
-def adapters_with_series() -> set[str]:
-    """Adapters that have series in this process, which shares nothing."""
-    return {
-        sample.labels["adapter"]
-        for family in REGISTRY.collect()
-        if family.name.startswith("llm_adapter_")
-        for sample in family.samples
-    }
-
-
-def requests_of(adapter: str, code: str) -> float:
-    labels = {"method": "Generate", "adapter": adapter, "code": code}
-    return REGISTRY.get_sample_value("llm_adapter_requests_total", labels) or 0.0
-
-
-async def failures(fake: FakeGateway, requests: Iterable[pb.GenerateRequest]) -> None:
-    for request in requests:
-        with pytest.raises(grpc.aio.AioRpcError):
-            await fake.stub.Generate(request)
-
-
-async def test_names_that_callers_make_up_make_no_series(fake: FakeGateway) -> None:
-    known = adapters_with_series() | {UNRESOLVED_LABEL, BASE_MODEL_LABEL, "alpha"}
-    before = requests_of(UNRESOLVED_LABEL, "NOT_FOUND")
-    invented = [f"invented-{number}" for number in range(20)]
-    await failures(fake, [pb.GenerateRequest(text="x", adapter=name) for name in invented])
-    await failures(fake, [pb.GenerateRequest(text="x", adapter="alpha", version=99)])
-    await failures(fake, [pb.GenerateRequest(text="x", adapter="Not A Name")])
-    assert adapters_with_series() <= known
-    assert requests_of(UNRESOLVED_LABEL, "NOT_FOUND") == before + 21
-
-
-async def test_a_served_adapter_and_the_base_model_have_series(fake: FakeGateway) -> None:
-    sampling = pb.SamplingParams(max_tokens=1)
-    for adapter, label in (("alpha", "alpha"), ("", BASE_MODEL_LABEL)):
-        before = requests_of(label, "OK")
-        await fake.stub.Generate(pb.GenerateRequest(text="x", adapter=adapter, sampling=sampling))
-        assert requests_of(label, "OK") == before + 1
-
-
-async def test_calls_count_as_running_while_they_run(fake: FakeGateway) -> None:
-    def running() -> float:
-        return REGISTRY.get_sample_value("gateway_inflight_calls") or 0.0
-
-    before = running()
-    stream = fake.stub.GenerateStream(
-        pb.GenerateRequest(text="x", sampling=pb.SamplingParams(max_tokens=10_000))
-    )
-    await stream.read()
-    assert running() == before + 1
-    stream.cancel()
-    assert await fake.admission.wait_idle(5)
-    assert running() == before

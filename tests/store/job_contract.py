@@ -314,6 +314,20 @@ class JobContract(JobChangeContract, DatasetContract):
             ]
             assert await store.active_jobs() == [job.key for job in jobs if job.state in ACTIVE]
 
+    async def test_all_jobs_of_all_tenants_are_counted(self, make_jobs: MakeJobs) -> None:
+        async with make_jobs() as store:
+            empty = await store.tally()
+            assert empty.counts == dict.fromkeys(JobState, 0) and not empty.active
+            jobs = [
+                await bring_to(store, state, new_job(tenant=tenant))
+                for state in JobState
+                for tenant in ("zeta", "acme")
+            ]
+            tally = await store.tally()
+            assert tally.counts == dict.fromkeys(JobState, 2)
+            active = [job for job in jobs if job.state in ACTIVE]
+            assert tally.active == [(job.uid, job.state, job.attempt) for job in active]
+
     # The end of a job.
 
     @pytest.mark.parametrize("call", OF_ONE_JOB.values(), ids=OF_ONE_JOB)

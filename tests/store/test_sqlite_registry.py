@@ -13,7 +13,7 @@ from typing import cast
 
 import pytest
 
-from store.records import Arm, RegistryUnusable, VersionState
+from store.records import Arm, RegistryUnusable, VersionState, VersionUnknown
 from store.registry import Registry
 from store.sqlite_registry import SqliteRegistry
 from store.sqlite_schema import connect
@@ -270,3 +270,14 @@ async def test_closing_waits_for_what_runs(tmp_path: Path) -> None:
     await asyncio.sleep(0)
     await registry.close()
     assert (await pending).version == 1
+
+
+async def test_each_transaction_that_is_durable_is_timed_and_no_other(tmp_path: Path) -> None:
+    took_s: list[float] = []
+    async with SqliteRegistry(tmp_path / "r.sqlite", observe_commit=took_s.append) as registry:
+        await begin(registry)
+        await registry.version("acme", "sql", 1)
+        assert len(took_s) == 1 and took_s[0] > 0
+        with pytest.raises(VersionUnknown):
+            await registry.drain_version("acme", "sql", 9, actor=ACTOR)
+        assert len(took_s) == 1

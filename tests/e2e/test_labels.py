@@ -1,0 +1,69 @@
+"""More adapters than names: who is called gets one, in all workers and their successors."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections import Counter
+from collections.abc import Iterator
+
+import psutil
+import pytest
+
+from gateway.adapter_labels import MAX_NAMED, OTHER_LABEL
+from tests.bench.adapters_state import adapter_name, write_states
+from tests.e2e.gateway_process import GatewayProcess, gateway_process
+from tests.e2e.shard_calls import ask, ask_often
+
+# A minute, most of it for an engine that starts.
+pytestmark = pytest.mark.slow
+
+CALLED, RARE = adapter_name(0), adapter_name(1)
+NAMED_S = 60.0
+
+
+@pytest.fixture(scope="module")
+def crowded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GatewayProcess]:
+    """A gateway with two workers and one adapter more than it names."""
+    folder = tmp_path_factory.mktemp("crowded")
+    states = asyncio.run(write_states(folder, "tiny", MAX_NAMED + 1))
+    states.full.rename(folder / "state")
+    with gateway_process(folder, workers=2) as process:
+        yield process
+
+
+def counted(gateway: GatewayProcess) -> Counter[str]:
+    """Calls that were answered, by what their adapter is called."""
+    return Counter(
+        {
+            name: int(sum(gateway.metrics("llm_adapter_requests_total", adapter=name, code="OK")))
+            for name in (CALLED, RARE, OTHER_LABEL)
+        }
+    )
+
+
+async def test_names_are_given_by_traffic_and_kept_by_workers_that_come_later(
+    crowded: GatewayProcess,
+) -> None:
+    await ask(crowded.address, CALLED)
+    assert counted(crowded) == Counter({OTHER_LABEL: 1}), "nobody knew who is called"
+    dropped = sum(crowded.metrics("gateway_series_dropped_total"))
+
+    async with asyncio.timeout(NAMED_S):
+        while not counted(crowded)[CALLED]:
+            await ask(crowded.address, CALLED)
+    before = counted(crowded)
+    await ask_often(crowded.address, CALLED, 16)  # over both workers
+    assert counted(crowded) == before + Counter({CALLED: 16})
+    assert sum(crowded.metrics("gateway_series_dropped_total")) == dropped, "there is room"
+
+    workers = crowded.serving_workers()
+    for pid in workers:
+        psutil.Process(pid).send_signal(signal.SIGKILL)
+    await asyncio.to_thread(
+        crowded.wait_log, r"worker \d+ is serving", 120.0, count=2 * len(workers)
+    )
+    await ask_often(crowded.address, CALLED, 8)
+    assert counted(crowded) == before + Counter({CALLED: 24})
+    await ask(crowded.address, RARE)
+    assert counted(crowded)[OTHER_LABEL] == before[OTHER_LABEL] + 1
