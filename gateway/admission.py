@@ -29,26 +29,20 @@ class Shed(enum.Enum):
     DRAINING = "draining"
 
 
-class Refused(Exception):
-    """The gateway takes no more calls of a kind now. The caller has done nothing wrong."""
-
-    shed: ClassVar[Shed]
-
-
-class Overloaded(Refused):
+class Overloaded(Exception):
     """The gateway holds as many calls of a kind as it admits."""
 
-    shed = Shed.OVERLOADED
+    shed: ClassVar = Shed.OVERLOADED
 
     def __init__(self, limit: int, what: str = "requests") -> None:
         super().__init__(f"the gateway holds {limit} {what}, its limit; retry later")
         self.limit = limit
 
 
-class Draining(Refused):
+class Draining(Exception):
     """The server is shutting down: no new calls, and at the end of its grace no running ones."""
 
-    shed = Shed.DRAINING
+    shed: ClassVar = Shed.DRAINING
 
     def __init__(self) -> None:
         super().__init__("the server is shutting down; retry, on another connection")

@@ -24,7 +24,7 @@ from google.rpc import code_pb2, status_pb2
 from grpc_status import rpc_status
 
 from gateway import metrics
-from gateway.admission import Admission, Refused
+from gateway.admission import Admission, Draining, Overloaded
 from gateway.call import Call, Principal, set_current_call
 from gateway.errors import status_of
 from gateway.exceptions import DefaultDeadlineExceeded, MalformedMessage
@@ -204,7 +204,7 @@ async def open_call(
         code = code_pb2.Code.Name(status.code)
         await _abort(context, call, status, cancelled)
     except Exception as error:
-        if isinstance(error, Refused):
+        if isinstance(error, Overloaded | Draining):
             metrics.observe_shed(error.shed)
         status = status_of(error, call)
         code = code_pb2.Code.Name(status.code)
