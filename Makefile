@@ -200,6 +200,10 @@ bench: $(DEV_READY) ## Measure the gateway against the bare engine; many adapter
 bench-ring: $(DEV_READY) ## Measure how adapters and their load are spread over shards
 	@$(BIN)/python -m tests.bench.ring
 
+.PHONY: screenshot
+screenshot: $(DEV_READY) ## Take the pictures of the status page in docs/ again (needs Chromium)
+	@$(BIN)/python -m tests.screenshot
+
 .PHONY: clean
 clean: ## Remove environments, caches and build output; state/ stays
 	@rm -rf .venv .venv-* build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

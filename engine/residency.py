@@ -148,6 +148,15 @@ class Residency:
         """Where a version is resident; None if it is not."""
         return self._places.get(key)
 
+    @property
+    def capacity(self) -> int:
+        """How many versions it may have."""
+        return self._capacity
+
+    def places(self) -> list[Place]:
+        """All that is resident, and since when."""
+        return list(self._places.values())
+
     def resident(self) -> list[ServedVersion]:
         """All that is resident, for a process that joins."""
         return [place.version for place in self._places.values()]

@@ -8,6 +8,7 @@ Nothing of it is stored: the memory begins with the gateway's start, and is boun
 from __future__ import annotations
 
 import asyncio
+import itertools
 import sys
 import time
 from collections import OrderedDict, deque
@@ -132,6 +133,15 @@ class Arms:
         """What is remembered of a version and ended at `since_s` (since the epoch) or later."""
         arm = self._arms.get((tenant, adapter, version), ())
         return [outcome for outcome in arm if outcome.end_s >= since_s]
+
+    def newest(
+        self, tenant: str, adapter: str, version: int, *, since_s: float, limit: int
+    ) -> list[Outcome]:
+        """At most `limit` outcomes of a version, back to `since_s` (since the epoch), the newest
+        first. Costs no more than it returns."""
+        arm = self._arms.get((tenant, adapter, version), ())
+        lately = itertools.takewhile(lambda outcome: outcome.end_s >= since_s, reversed(arm))
+        return list(itertools.islice(lately, limit))
 
     def versions(self, tenant: str, adapter: str) -> list[int]:
         """Versions of which anything is remembered, in ascending order."""

@@ -48,6 +48,8 @@ from gateway.relay import caller
 from gateway.server import HOST_OPTIONS, HOST_SERVICES
 from gateway.settings import Settings
 from gateway.shards import Shards
+from gateway.sights import Sights
+from gateway.throughput import Throughput
 from gateway.tracing import Tracing
 from gateway.training import Training
 from gateway.training_plane import TrainingPlane
@@ -99,6 +101,7 @@ class ControlPlane:
         self._naming = Naming(self._planner.shares, self._processes, fleet)
         self._ledger = Ledger(registry, self._naming)
         self._arms = Arms()
+        self._throughput = Throughput()
         self._judgement = Judgement(registry, self._ledger, self._arms, self._processes)
         self._admission = Admission(MAX_STREAMS)
         self._watches = Slots(MAX_WATCHES, "watches")
@@ -145,6 +148,14 @@ class ControlPlane:
         """How many jobs there are, and how their processes do."""
         return await self._training.pulse()
 
+    @property
+    def sights(self) -> Sights:
+        """What the status page shows of it."""
+        return Sights(
+            *(self._ledger, self._registry, self._training.store, self._arms),
+            *(self._throughput, self._processes, self._shards),
+        )
+
     def hear(self, message: Unasked) -> None:
         """What a worker says unasked."""
         assert self._shards is not None and self._planning is not None
@@ -155,6 +166,7 @@ class ControlPlane:
                 self._arms.record(outcomes)
             case Used(tokens):
                 self._planning.record(tokens)
+                self._throughput.record(tokens)
 
     def check_for(
         self, model_path: Path, modules: BaseModules, prints: ModelFingerprints, dtype: str

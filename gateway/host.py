@@ -27,11 +27,14 @@ from engine.pool import ServedView
 from gateway.call import Principal
 from gateway.channel import Orders
 from gateway.control import ControlPlane
+from gateway.http_endpoint import HttpEndpoint
 from gateway.keeper import ShardKeeper
-from gateway.metrics import MetricsEndpoint, registry_commit
+from gateway.metrics import registry_commit
 from gateway.port import HeldPort, PortTaken
 from gateway.settings import Settings
 from gateway.shard_gauges import ShardGauges
+from gateway.status_feed import StatusFeed
+from gateway.status_reader import StatusReader
 from gateway.supervisor import Supervisor
 from gateway.training_gauges import TrainingGauges
 from gateway.worker_process import WorkerProcess
@@ -113,8 +116,13 @@ class Host:
         state = self._owned.enter_context(StateFolder(settings.state_dir))
         port = HeldPort(settings.listen)
         self._owned.callback(port.close)
-        endpoint = _open_metrics(settings)
-        self._owned.callback(endpoint.close)
+        reader = StatusReader(settings)
+        feed = StatusFeed(reader.read)
+        endpoint = _bind_http(settings, feed, reader)
+        self._owned.push_async_callback(endpoint.close)
+        self._owned.push_async_callback(feed.close)
+        await endpoint.start()
+        logger.info("status page: http://%s/", endpoint.address)
 
         model_path = await asyncio.to_thread(resolve_model, settings.model, state.path)
         prints = await asyncio.to_thread(fingerprints, model_path)
@@ -141,6 +149,8 @@ class Host:
             self._training_environment,
         )
         self._owned.push_async_callback(control.close)  # while the registry is open
+        self._owned.push_async_callback(feed.close)  # while there is something to read
+        reader.fleet, reader.control = fleet, control
         self._watch(fleet.run())
         await control.open()
 
@@ -162,6 +172,7 @@ class Host:
             )
             for number, name in enumerate(names)
         )
+        reader.supervisor = supervisor
         await supervisor.start(config)
         endpoint.add(ShardGauges(settings.model, lambda: supervisor.shards))
         endpoint.add(TrainingGauges(control.training_pulse))
@@ -199,7 +210,7 @@ class Host:
             named=control.named,
         )
 
-    async def _after_death(self, worker: WorkerProcess, endpoint: MetricsEndpoint) -> None:
+    async def _after_death(self, worker: WorkerProcess, endpoint: HttpEndpoint) -> None:
         """Clean up after a worker that died: nobody reads what it left in the core."""
         endpoint.forget_process(worker.pid)
         for slot in worker.slots:
@@ -280,8 +291,8 @@ def _engine_options(settings: Settings, model_path: Path, shard: int) -> EngineO
     )
 
 
-def _open_metrics(settings: Settings) -> MetricsEndpoint:
+def _bind_http(settings: Settings, feed: StatusFeed, reader: StatusReader) -> HttpEndpoint:
     try:
-        return MetricsEndpoint(settings.metrics_listen)
+        return HttpEndpoint(settings.metrics_listen, feed, reader.phase)
     except OSError as error:
         raise PortTaken(settings.metrics_listen, error, "--metrics-listen") from None

@@ -15,8 +15,9 @@ import enum
 import logging
 import os
 import time
+from collections import deque
 from collections.abc import Callable, Coroutine
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from engine.core import ClientSlot, EngineConfig, EngineCore, EngineOptions, Environment
 from engine.errors import CoreFailed, ShardUnavailable
@@ -61,6 +62,18 @@ class Cause(enum.Enum):
     START_FAILED = "start_failed"
 
 
+class Note(NamedTuple):
+    """Something that happened to a shard, for people."""
+
+    time_s: float
+    """In seconds since the epoch."""
+    text: str
+    is_trouble: bool
+
+
+NOTES_KEPT = 8
+
+
 class Followers(Protocol):
     """All who use a shard, and follow its fate."""
 
@@ -92,6 +105,12 @@ class ShardKeeper:
             metrics.shard_restarts.labels(name, cause.value)  # from 0, so that growth is seen
         self.name = name
         self.state = KeeperState.STARTING
+        self.since_s = time.time()
+        """When it got into that state, in seconds since the epoch."""
+        self.restarts = 0
+        """Starts of a core in place of another."""
+        self.notes: deque[Note] = deque(maxlen=NOTES_KEPT)
+        """The newest last."""
         self.shard: VllmShard | None = None
         """The host's client of the core; None while there is none."""
         self.settled = False
@@ -107,6 +126,7 @@ class ShardKeeper:
         if state not in TRANSITIONS[self.state]:
             raise ValueError(f"{self.name} cannot go from {self.state} to {state}")
         self.state = state
+        self.since_s = time.time()
         metrics.shard_up.labels(self.name).set(state is KeeperState.UP)
 
     async def start(self, config: EngineConfig | None = None) -> None:
@@ -131,10 +151,17 @@ class ShardKeeper:
             if not self.settled:
                 raise CoreFailed(f"{self.name} ended: {reason}; the gateway ends with it")
             logger.error("%s ended: %s", self.name, reason)
+            self._note(f"ended: {reason}", is_trouble=True)
             await self._replace(followers, cause)
             took_s = time.monotonic() - died_s
             metrics.engine_recovery.labels(self.name).observe(took_s)
             logger.info("%s is up again after %.1f s", self.name, took_s)
+            self._note(f"is up again after {took_s:.1f} s")
+
+    @property
+    def slots_left(self) -> int:
+        """Fresh slots of the core; 0 if there is none."""
+        return 0 if self._core is None else self._core.slots_left
 
     def take_slot(self) -> ClientSlot:
         """A fresh slot of the core, for a worker. Raises SlotsUsedUp."""
@@ -163,6 +190,9 @@ class ShardKeeper:
             await core.stop(self._ask_to_stop if in_order else None)
         if shard is not None:
             shard.close()
+
+    def _note(self, text: str, *, is_trouble: bool = False) -> None:
+        self.notes.append(Note(time.time(), text, is_trouble))
 
     async def _ask_to_stop(self) -> None:
         assert self.shard is not None
@@ -236,14 +266,17 @@ class ShardKeeper:
                 logger.critical("%s dies again and again; next try in %g s", self.name, delay_s)
             await asyncio.sleep(delay_s)
             metrics.shard_restarts.labels(self.name, cause.value).inc()
+            self.restarts += 1
             self.move(KeeperState.REBUILDING)
             try:
                 await self._revive(followers)
                 return
             except (CoreFailed, ShardUnavailable) as error:
                 logger.error("%s could not be started again: %s", self.name, error)
+                self._note(f"could not be started again: {error}", is_trouble=True)
             except Exception:  # whatever it is, the other shards serve on
                 logger.exception("%s could not be started again", self.name)
+                self._note("could not be started again; the log says why", is_trouble=True)
             self.move(KeeperState.DEAD)
             cause = Cause.START_FAILED
             await self._bury(followers, cause)

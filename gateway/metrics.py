@@ -9,12 +9,8 @@ label has few values: enums, names of shards, and of adapters those that the hos
 from __future__ import annotations
 
 from collections.abc import Callable
-from threading import Thread
-from wsgiref.simple_server import WSGIServer
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
-from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
-from prometheus_client.registry import Collector
+from prometheus_client import Counter, Gauge, Histogram
 
 from engine import gate, ring
 from engine.core import LATENCY_BUCKETS_S
@@ -23,7 +19,6 @@ from engine.pool import Route
 from gateway.adapter_labels import Dropped
 from gateway.admission import Shed
 from gateway.call import Call
-from gateway.imbalance import Imbalance
 
 _requests = Counter(
     "llm_adapter_requests",
@@ -218,37 +213,3 @@ def record(call: Call, code: str, end_s: float) -> None:
             _queue_wait.observe(max(0.0, call.scheduled_s - call.started_s))
     if code == "OK":
         _latency.labels(adapter, "e2e").observe(end_s - call.started_s)
-
-
-class MetricsEndpoint:
-    """`/metrics` over HTTP for all processes of this gateway. Owned by the host."""
-
-    def __init__(self, address: str) -> None:
-        """Listen on `HOST:PORT`. Raises OSError if it is taken."""
-        self._host, _, port = address.rpartition(":")
-        self._registry = CollectorRegistry()
-        self._registry.register(Imbalance(MultiProcessCollector(None)))  # type: ignore[no-untyped-call]
-        self._server: WSGIServer
-        self._thread: Thread
-        self._server, self._thread = start_http_server(
-            int(port), self._host.strip("[]"), self._registry
-        )
-
-    @property
-    def address(self) -> str:
-        """`HOST:PORT` with the port in use, when 0 was asked for."""
-        return f"{self._host}:{self._server.server_port}"
-
-    def add(self, collector: Collector) -> None:
-        """Show what this one collects, too. It is asked in the thread of each page."""
-        self._registry.register(collector)
-
-    def forget_process(self, pid: int) -> None:
-        """Drop the gauges of a process that is gone; its counters stay."""
-        mark_process_dead(pid)  # type: ignore[no-untyped-call]
-
-    def close(self) -> None:
-        """Stop listening."""
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join()

@@ -62,7 +62,7 @@ class Settings(BaseSettings):
     quantization: str | None = Field(None, description="vLLM quantization method.")
 
     listen: Address = Field("127.0.0.1:50051", description="Public gRPC address.")
-    metrics_listen: Address = Field("127.0.0.1:9464", description="Prometheus address (HTTP).")
+    metrics_listen: Address = Field("127.0.0.1:9464", description="Metrics and status page (HTTP).")
     insecure: bool = Field(False, description="Allow a non-loopback address without TLS.")
     tls_cert: Path | None = Field(None, description="Server certificate chain, PEM.")
     tls_key: Path | None = Field(None, description="Server private key, PEM.")

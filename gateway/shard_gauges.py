@@ -72,7 +72,7 @@ class ShardGauges(Collector):
 
     async def _ask_all(self) -> dict[str, Load]:
         shards = self._shards()
-        answers = await asyncio.gather(*map(_load_of, shards))
+        answers = await asyncio.gather(*map(load_of, shards))
         return {
             shard.name: load
             for shard, load in zip(shards, answers, strict=True)
@@ -80,9 +80,10 @@ class ShardGauges(Collector):
         }
 
 
-async def _load_of(shard: CoreShard) -> Load | None:
+async def load_of(shard: CoreShard, timeout_s: float | None = None) -> Load | None:
+    """What a core has to do; None if it does not tell in time (None: SCRAPE_TIMEOUT_S)."""
     try:
-        async with asyncio.timeout(SCRAPE_TIMEOUT_S):
+        async with asyncio.timeout(SCRAPE_TIMEOUT_S if timeout_s is None else timeout_s):
             return await shard.core_load()
     except (TimeoutError, ShardUnavailable):
         return None

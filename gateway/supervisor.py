@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from engine.core import ClientSlot, EngineConfig
 from engine.shard import ModelInfo, VllmShard
@@ -19,6 +19,11 @@ class Supervisor:
     def __init__(self, keepers: Iterable[ShardKeeper]) -> None:
         self._keepers = {keeper.name: keeper for keeper in keepers}
         self._model: ModelInfo | None = None
+
+    @property
+    def keepers(self) -> Collection[ShardKeeper]:
+        """Of all shards."""
+        return self._keepers.values()
 
     @property
     def shards(self) -> list[VllmShard]:

@@ -47,7 +47,7 @@ class TrainingPlane:
         self._settings = settings
         self._environment = environment
         self._state_dir = state_dir
-        self._store = store
+        self.store = store
         self._files = DatasetFiles(state_dir)
         self._datasets = Datasets(
             store,
@@ -83,10 +83,10 @@ class TrainingPlane:
             served,
             environment,
             python=python,
-            digests=self._store.dataset_digests,
+            digests=self.store.dataset_digests,
         )
         self._jobs = jobs = Jobs(
-            self._store,
+            self.store,
             self._files,
             preparations,
             CatalogPublisher(catalog, registry, self.sources, served, shapes),
@@ -98,7 +98,7 @@ class TrainingPlane:
             price=_price(settings.training_price),
         )
         return Training(
-            self._store,
+            self.store,
             self._datasets,
             preparations,
             Previews(preparations, find_shard),
@@ -119,7 +119,7 @@ class TrainingPlane:
 
     async def pulse(self) -> Pulse:
         """How many jobs there are, and how their processes do."""
-        return await take_pulse(self._store, self._state_dir / JOBS_FOLDER)
+        return await take_pulse(self.store, self._state_dir / JOBS_FOLDER)
 
     async def sweep_uploads(self) -> None:
         """Drop uploads that nobody went on with."""

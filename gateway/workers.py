@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-from collections.abc import Awaitable, Callable
+from collections import Counter
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 from engine.errors import SlotsUsedUp
@@ -108,6 +109,16 @@ class WorkerFleet:
                 await self._drained()
         except BaseExceptionGroup as errors:
             raise errors.exceptions[0] from None
+
+    @property
+    def draining(self) -> bool:
+        """Whether workers end, and none takes their place."""
+        return self._draining
+
+    @property
+    def numbers(self) -> Mapping[WorkerState, int]:
+        """How many workers are in each state."""
+        return Counter(worker.state for worker in self._workers)
 
     def open(self) -> None:
         """Put workers to work as they become ready. The cores run from now on."""

@@ -110,6 +110,18 @@ def test_outcomes_are_those_since_a_time() -> None:
     assert ids(arms.outcomes("default", "pirate", 1, since_s=8.0)) == ["9.0", "8.0"]
 
 
+def test_the_newest_are_those_since_a_time_and_no_more_than_asked_for() -> None:
+    arms = Arms()
+    arms.record(outcome(request_id=f"r{number}", end_s=float(number)) for number in range(10))
+
+    def newest(since_s: float, limit: int, version: int = 1) -> list[str]:
+        return ids(arms.newest("default", "pirate", version, since_s=since_s, limit=limit))
+
+    assert newest(7.0, 100) == ["r9", "r8", "r7"]
+    assert newest(0.0, 2) == ["r9", "r8"]
+    assert newest(10.0, 100) == newest(0.0, 100, version=2) == []
+
+
 def test_versions_are_those_that_answered() -> None:
     arms = Arms()
     arms.record([outcome(version=version) for version in (10, 2, 9, 2)])

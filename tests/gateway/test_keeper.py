@@ -206,6 +206,25 @@ async def test_a_core_that_dies_is_replaced_and_warm_before_anybody_uses_it(stag
     assert stage.keeper.shard is stage.cores[1].shard  # type: ignore[comparison-overlap]
 
 
+async def test_what_happened_to_a_shard_is_noted_for_people(stage: Stage) -> None:
+    begin_s = stage.keeper.since_s
+    stage.planned = [CoreFailed("no memory")]
+    stage.cores[0].died.set()
+    await stage.until(UP, 2)
+    async with asyncio.timeout(TIMEOUT_S):
+        while len(stage.keeper.notes) < 3:
+            await asyncio.sleep(0)
+    texts = [(note.text.partition(" after ")[0], note.is_trouble) for note in stage.keeper.notes]
+    assert texts == [
+        ("ended: killed by SIGKILL", True),
+        ("could not be started again: no memory", True),
+        ("is up again", False),
+    ]
+    assert stage.keeper.restarts == 2
+    assert begin_s < stage.keeper.since_s <= stage.keeper.notes[-1].time_s
+    assert stage.keeper.slots_left == 63
+
+
 async def test_a_core_that_does_not_answer_is_killed_and_replaced(stage: Stage) -> None:
     before = value(metrics.shard_restarts, "stalled")
     (core,) = stage.cores

@@ -6,6 +6,7 @@ runs in processes of its own: each calls one of the functions below.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import subprocess
@@ -22,7 +23,9 @@ from engine.errors import LoadFault
 from gateway import metrics
 from gateway.admission import Shed
 from gateway.call import BASE_MODEL_LABEL, UNRESOLVED_LABEL, Call
-from gateway.metrics import MetricsEndpoint
+from gateway.http_endpoint import HttpEndpoint
+from gateway.status import Phase, Status
+from gateway.status_feed import StatusFeed
 
 ROOT = Path(__file__).parents[2]
 TIMEOUT_S = 60.0
@@ -71,6 +74,10 @@ def work() -> None:
 
 def show() -> None:
     """A host: the page, before and after it forgets the workers of its arguments."""
+    asyncio.run(_show())
+
+
+async def _show() -> None:
     metrics.workers.labels("serving").set(2)
     for shard in ("shard-0", "shard-1"):
         metrics.know_shard(shard)
@@ -79,27 +86,42 @@ def show() -> None:
     metrics.observe_resident("shard-0", 3)
     metrics.observe_load("shard-0", 0.2, True)
     metrics.observe_load("shard-0", 0.3, False)
-    endpoint = MetricsEndpoint("127.0.0.1:0")
-    pages = [page(endpoint)]
+    endpoint = endpoint_at("127.0.0.1:0")
+    await endpoint.start()
+    pages = [await page(endpoint)]
     for pid in sys.argv[1:]:
         endpoint.forget_process(int(pid))
-        pages.append(page(endpoint))
+        pages.append(await page(endpoint))
     try:
-        MetricsEndpoint(endpoint.address)
+        endpoint_at(endpoint.address)
     except OSError as error:
         pages.append(f"taken: {error.strerror}")
-    endpoint.close()
+    address = endpoint.address
+    await endpoint.close()
     try:
-        page(endpoint)
+        await page_at(address)
     except urllib.error.URLError as error:
         pages.append(f"closed: {error.reason}")
     print(json.dumps(pages))
 
 
-def page(endpoint: MetricsEndpoint) -> str:
-    with urllib.request.urlopen(f"http://{endpoint.address}/metrics", timeout=10) as response:
-        text: str = response.read().decode()
-    return text
+def endpoint_at(address: str) -> HttpEndpoint:
+    async def nobody_looks() -> Status:
+        raise AssertionError
+
+    return HttpEndpoint(address, StatusFeed(nobody_looks), lambda: Phase.SERVING)
+
+
+async def page(endpoint: HttpEndpoint) -> str:
+    return await page_at(endpoint.address)
+
+
+async def page_at(address: str) -> str:
+    def read() -> str:
+        with urllib.request.urlopen(f"http://{address}/metrics", timeout=10) as response:
+            return str(response.read().decode())
+
+    return await asyncio.to_thread(read)
 
 
 # --- what looks at them ------------------------------------------------------

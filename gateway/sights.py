@@ -1,0 +1,27 @@
+"""What there is to see of a control plane. Its owner hands it to those who only look."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from engine.ledger import Ledger
+from gateway.arms import Arms
+from gateway.processes import Processes
+from gateway.shards import Shards
+from gateway.throughput import Throughput
+from store.jobs import JobStore
+from store.registry import Registry
+
+
+@dataclass(frozen=True, slots=True)
+class Sights:
+    """Parts of a control plane, to be read."""
+
+    ledger: Ledger
+    registry: Registry
+    jobs: JobStore
+    arms: Arms
+    throughput: Throughput
+    processes: Processes
+    shards: Shards | None
+    """None until the cores run."""
