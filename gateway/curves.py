@@ -50,13 +50,13 @@ class Curves:
             ValueError: there is nothing to draw, the ending is none that can be drawn, or the
                 file cannot be written.
         """
+        # It tells where it keeps its fonts, also while it is imported, which is nobody's concern.
+        logging.getLogger("matplotlib").setLevel(logging.ERROR)
         # Takes as long to import as all of the command, and one command draws.
         from matplotlib.figure import Figure
 
         if not self.loss and not self.eval_loss:
             raise ValueError("the job has no step yet, so there is nothing to draw")
-        # It tells where it keeps its fonts, which is nobody's concern.
-        logging.getLogger("matplotlib").setLevel(logging.ERROR)
         figure = Figure(figsize=(9, 9), layout="constrained")
         above, middle, below = figure.subplots(3, 1, sharex=True)
         above.plot(*_axes(self.loss), label="loss", linewidth=1)

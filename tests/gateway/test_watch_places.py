@@ -34,7 +34,7 @@ class Watched:
         self.plane = plane
         self.stub: Any = TrainingStub(plane.gateway.channel)
         training: Any = plane.control._training
-        self.store: SqliteJobs = training._store
+        self.store: SqliteJobs = training.store
         self.journal: Journal = training._jobs._journal
 
     async def add_job(self) -> JobRecord:
