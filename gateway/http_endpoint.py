@@ -18,8 +18,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 
 from aiohttp import web
-from prometheus_client import CollectorRegistry
-from prometheus_client.exposition import choose_encoder, gzip_accepted
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, gzip_accepted
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 from prometheus_client.registry import Collector
 
@@ -127,12 +127,15 @@ class HttpEndpoint:
         )
 
     async def _show_metrics(self, request: web.Request) -> web.StreamResponse:
-        encode, content_type = choose_encoder(",".join(request.headers.getall("Accept", [])))
         names = request.query.getall("name[]", [])
         registry = self._registry.restricted_registry(names) if names else self._registry
         # In a thread: it reads files, and asks the cores through this very loop.
-        body = await asyncio.get_running_loop().run_in_executor(self._scrapes, encode, registry)
-        response = web.Response(body=body, headers={"Content-Type": content_type})
+        body = await asyncio.get_running_loop().run_in_executor(
+            self._scrapes, generate_latest, registry
+        )
+        # Whatever is asked for: in OpenMetrics, which Prometheus 2 prefers, prometheus_client has
+        # `_` for the `:` of vLLM's names (openmetrics/exposition.py:152).
+        response = web.Response(body=body, headers={"Content-Type": CONTENT_TYPE_PLAIN_0_0_4})
         if gzip_accepted(request.headers.get("Accept-Encoding", "")):
             response.enable_compression(web.ContentCoding.gzip)
         return response

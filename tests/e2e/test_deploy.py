@@ -22,6 +22,9 @@ OF_PROMETHEUS = {"up"}
 OF_THE_SCRAPE = {"instance", "job"}
 OF_JOB: Mapping[str, str] = {"job": "lora-gateway"}
 
+ACCEPT = "application/openmetrics-text;version=1.0.0,text/plain;version=0.0.4;q=0.5,*/*;q=0.1"
+"""What Prometheus 2 asks for."""
+
 FEW = 24
 """Values of a label that are known when the code is written."""
 OF_ADAPTERS = {"adapter"}
@@ -46,7 +49,8 @@ async def samples(gateway: GatewayProcess) -> list[Sample]:
 
 
 def read(url: str) -> Iterator[Sample]:
-    with urllib.request.urlopen(url, timeout=30) as response:
+    request = urllib.request.Request(url, headers={"Accept": ACCEPT})
+    with urllib.request.urlopen(request, timeout=30) as response:
         text = response.read().decode()
     for family in text_string_to_metric_families(text):
         yield from family.samples
