@@ -5,28 +5,29 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import shutil
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import aiohttp
 import grpc
 import pytest
 
+from lora_gateway import GatewayClient
 from lora_gateway.v1 import adapters_pb2 as ad
-from lora_gateway.v1 import training_pb2 as pb
 from lora_gateway.v1.adapters_pb2_grpc import AdaptersStub
 from lora_gateway.v1.inference_pb2 import GenerateRequest, SamplingParams
 from lora_gateway.v1.inference_pb2_grpc import InferenceStub
-from lora_gateway.v1.training_pb2_grpc import TrainingStub
+from store.artifacts import CONFIG_FILE
 from tests.chromium import Tab, find_chromium, open_tab
-from tests.e2e import training
 from tests.e2e.gateway_process import GatewayProcess
 
 pytestmark = pytest.mark.timeout(300)
 
 TIMEOUT_S = 120.0
-HOSTILE = "<img src=x onerror=\"document.title='owned'\"><script>document.title='owned'</script>"
+HOSTILE = "<img src=x onerror=document.title=1>"
 CHROMIUM = find_chromium()
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed here")
 
@@ -166,10 +167,10 @@ async def test_a_browser_shows_a_live_gateway_and_follows_its_changes(
         await asking
         beta = "[...document.querySelectorAll('#adapters tbody')].find("
         beta += "(body) => body.querySelector('.name').textContent === 'beta')"
-        await tab.wait_for(f"{beta}.querySelector('td.share').textContent.startsWith('100 %')")
+        await tab.wait_for(f"{beta}.querySelector('.ratio').textContent === '100 %'")
         await set_traffic(channel, "beta")
         try:
-            await tab.wait_for(f"{beta}.querySelector('td.share').textContent === 'no traffic'")
+            await tab.wait_for(f"{beta}.querySelector('.ratio').textContent === 'no traffic'")
             await tab.wait_for(f"{text_of('#events li')}.includes('traffic set to nothing')")
         finally:
             await set_traffic(channel, "beta", 1)
@@ -186,24 +187,19 @@ async def test_a_browser_shows_a_live_gateway_and_follows_its_changes(
 
 @needs_chromium
 async def test_a_browser_shows_a_hostile_text_and_does_not_run_it(
-    gateway: GatewayProcess, channel: grpc.aio.Channel
+    gateway: GatewayProcess, adapters: Mapping[str, Path], tmp_path: Path
 ) -> None:
-    """Names are restricted, and what a job says of its data is not."""
+    """Names are restricted, and what an adapter has in its files is not."""
+    folder = tmp_path / "hostile"
+    shutil.copytree(adapters["alpha"], folder)
+    config = json.loads((folder / CONFIG_FILE).read_text())
+    (folder / CONFIG_FILE).write_text(json.dumps({**config, "target_modules": {HOSTILE: 1}}))
     name = f"hostile-{uuid.uuid4().hex[:6]}"
-    rows = training.lines([{"messages": [{"role": HOSTILE, "content": HOSTILE}]}])
-    await training.upload(channel, name, rows)
-    spec = pb.JobSpec(dataset=name, adapter=name, hyperparameters=training.QUICK)
-    await training.create(channel, spec, job_id=name)
-    job = await training.ended(channel, name)
-    assert job.state == pb.JOB_STATE_FAILED and "<img" in job.error.message, job.error
-    try:
-        async with browser(gateway) as tab:
-            await tab.wait_for(f"{text_of('#jobs h3')}.includes('{name}')")
-            shown = await tab.evaluate(text_of("#jobs .note"))
-            assert "<img src=x" in shown
-            assert await tab.evaluate("document.querySelectorAll('img').length") == 0
-            assert "owned" not in await tab.evaluate("document.title")
-            assert tab.problems == []
-    finally:
-        request = pb.DeleteJobRequest(name=name)
-        await TrainingStub(channel).DeleteJob(request, timeout=TIMEOUT_S)
+    async with GatewayClient(gateway.address) as client, browser(gateway) as tab:
+        await client.adapters.upload(folder, adapter=name, timeout_s=TIMEOUT_S)
+        await tab.wait_for(f"{text_of('#events .bad')}.includes('{HOSTILE}')")
+        assert f"{name}@1" in await tab.evaluate(text_of("#events .name"))
+        assert await tab.evaluate("document.querySelectorAll('img').length") == 0
+        assert "lora-gateway" in await tab.evaluate("document.title")
+        assert tab.problems == []
+        await client.adapters.delete(name, 1)
