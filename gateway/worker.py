@@ -17,7 +17,6 @@ import uvloop
 from engine.errors import ShardUnavailable
 from engine.pool import ShardPool
 from engine.shard import VllmShard, preload
-from engine.signals import die_with_parent
 from gateway import metrics
 from gateway.admission import Admission, Draining
 from gateway.arms import Outcome, Reporter
@@ -68,9 +67,8 @@ CUT_TIMEOUT_S = 5.0
 """How long calls get to send their last status after they were cut."""
 
 
-def worker_main(connection: Connection, host_pid: int) -> None:
+def worker_main(connection: Connection) -> None:
     """Entry of the process. It ends with its host; signals of the process group are blocked."""
-    die_with_parent(host_pid)
     configure_logging()
     preload()
     uvloop.run(_run(connection))

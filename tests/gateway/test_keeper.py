@@ -101,7 +101,11 @@ class Stage:
     """A keeper, the cores that it starts, and all who follow it."""
 
     def __init__(self) -> None:
-        self.keeper = ShardKeeper("shard-1", OPTIONS, nullcontext, STALL_S, Restarts(lambda: 0.0))
+        self.started: list[tuple[int, str]] = []
+        self.keeper = ShardKeeper(
+            *("shard-1", OPTIONS, nullcontext, STALL_S, Restarts(lambda: 0.0)),
+            started=lambda *process: self.started.append(process),
+        )
         self.planned: list[FakeCore | Exception] = []
         """What the next starts come to; a core that lives if nothing is said."""
         self.cores: list[FakeCore] = []
@@ -143,8 +147,10 @@ async def stage(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Stage]:
 
     class Cores:
         @staticmethod
-        async def start(name: str, config: Any, environment: Any) -> Any:
-            return await at.start_core()
+        async def start(name: str, config: Any, environment: Any, started: Any) -> Any:
+            core = await at.start_core()
+            started(42, f"core of {name}")
+            return core
 
     class Shards:
         @staticmethod
@@ -197,6 +203,7 @@ async def test_a_core_that_dies_is_replaced_and_warm_before_anybody_uses_it(stag
     core.died.set()
     await stage.until(WARMING, 2)
     assert core.ends == ["killed"] and core.shard.closed and core.shard.dead.is_set()
+    assert stage.started == [(42, "core of shard-1"), (4711, "core of shard-1")] * 2
     await asyncio.sleep(0)
     assert stage.told == ["lost dead", "prepares warming"]
     stage.may_prepare.set()
