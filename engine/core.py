@@ -109,6 +109,7 @@ class ClientSlot:
     """The right to drive one core, once. Can be sent to another process of the host."""
 
     shard: str
+    core_pid: int
     index: int
     count: int
     input_address: str
@@ -254,6 +255,7 @@ class EngineCore:
         inputs, outputs = self._listeners.inputs[index], self._listeners.outputs[index]
         return ClientSlot(
             shard=self.name,
+            core_pid=self.pids[0],
             index=index,
             count=CLIENT_SLOTS,
             input_address=inputs.address,

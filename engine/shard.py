@@ -31,7 +31,7 @@ from engine.generation import (
     Prompt,
     ServedVersion,
 )
-from engine.liveness import Liveness
+from engine.liveness import Liveness, runs
 from engine.output import to_output
 from engine.rendering import PromptRenderer, RenderedPrompt
 from engine.sampling import build_params
@@ -111,6 +111,9 @@ class VllmShard:
         To be called on the event loop that will use it. Raises TimeoutError if the core
         does not greet the slot.
         """
+        # vLLM would wait for the greeting, and hold up the event loop and all its streams.
+        if not runs(slot.core_pid):
+            raise TimeoutError(f"process {slot.core_pid} has ended, or is stopped")
         from vllm.v1.engine.async_llm import AsyncLLM
         from vllm.v1.executor import Executor
 

@@ -183,7 +183,10 @@ class ShardKeeper:
         self._core = core = await EngineCore.start(
             self.name, config, self._environment, self._started
         )
-        self.shard = shard = VllmShard.attach(core.take_slot())
+        try:
+            self.shard = shard = VllmShard.attach(core.take_slot())
+        except TimeoutError as error:  # it died just now
+            raise ShardUnavailable(self.name) from error
 
         async def try_out() -> None:
             pids = await shard.call_core("gateway_adopt", os.getpid())

@@ -71,6 +71,7 @@ class FakeCore:
         self.died = asyncio.Event()
         self.stopped = False
         self.hangs_at_first = False
+        self.greets = True
         self.ends: list[str] = []
         self.slots_left = 63
         self.index = 1
@@ -155,6 +156,8 @@ async def stage(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Stage]:
     class Shards:
         @staticmethod
         def attach(core: FakeCore) -> FakeShard:
+            if not core.greets:
+                raise TimeoutError
             return core.shard
 
     monkeypatch.setattr(module, "EngineCore", Cores)
@@ -255,6 +258,18 @@ async def test_a_core_that_dies_while_it_is_new_is_replaced_too(stage: Stage) ->
     await stage.until(UP, 4)
     assert [core.ends for core in stage.cores] == [["killed"]] * 3 + [[]]
     assert stage.told.count("admitted up") == 1
+
+
+async def test_a_core_that_dies_before_the_host_is_its_client_is_replaced_too(
+    stage: Stage, caplog: pytest.LogCaptureFixture
+) -> None:
+    dying = FakeCore()
+    dying.greets = False
+    stage.planned = [dying]
+    stage.cores[0].died.set()
+    await stage.until(UP, 3)
+    assert dying.ends == ["killed"]
+    assert not any(record.exc_info for record in caplog.records), "it is no bug of ours"
 
 
 async def test_slots_of_a_core_that_is_gone_abort_nothing(stage: Stage) -> None:
