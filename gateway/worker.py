@@ -106,7 +106,10 @@ class Worker:
         self._pool = ShardPool((), {}, self._view, orders.shards)
         self._pool.follow(orders.plan)
         self._attachments = Attachments(
-            self._pool, lambda shard, key: channel.send(Want(shard, key)), self._lost
+            self._pool,
+            lambda shard, key: channel.send(Want(shard, key)),
+            self._lost,
+            settings.engine_stall_timeout_s,
         )
         for slot in orders.slots:
             shard = self._attachments.attach(slot, orders.resident[slot.shard])
