@@ -157,7 +157,7 @@ class Host:
         for adapter, folder in settings.adapter.items():
             await control.check(adapter, folder)  # before minutes are spent on the cores
 
-        self._supervisor = supervisor = Supervisor(
+        keepers = [
             ShardKeeper(
                 name,
                 options[number],
@@ -166,7 +166,9 @@ class Host:
                 started=pid_file.add,
             )
             for number, name in enumerate(names)
-        )
+        ]
+        # On a CPU nothing is compiled: see `prepare_environment`.
+        self._supervisor = supervisor = Supervisor(keepers, compiles=bool(settings.device_ids(0)))
         await supervisor.start(config)
         endpoint.add(ShardGauges(settings.model, lambda: supervisor.shards))
         control.serve_on(supervisor.shards)
