@@ -199,6 +199,10 @@ bench: $(DEV_READY) ## Measure the gateway against the bare engine; many adapter
 bench-ring: $(DEV_READY) ## Measure how adapters and their load are spread over shards
 	@$(BIN)/python -m tests.bench.ring
 
+.PHONY: chaos
+chaos: $(DEV_READY) ## Kill engines and workers of a gateway under load; ARGS="--blows 10 --seed N"
+	@$(BIN)/python -m tests.chaos $(ARGS)
+
 .PHONY: clean
 clean: ## Remove environments, caches and build output; state/ stays
 	@rm -rf .venv .venv-* build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
