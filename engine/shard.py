@@ -360,6 +360,9 @@ class VllmShard:
             removal.cancel()
         self._checks.shutdown(wait=False, cancel_futures=True)
         self._engine.shutdown(timeout=0)
+        # vLLM leaves these threads and descriptors to the garbage collector, and that to chance: a
+        # process that outlives many cores would run out of them.
+        self._engine.engine_core.resources.ctx.destroy(linger=0)
 
 
 def preload() -> None:
