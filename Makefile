@@ -204,6 +204,10 @@ bench-ring: $(DEV_READY) ## Measure how adapters and their load are spread over 
 screenshot: $(DEV_READY) ## Take the pictures of the status page in docs/ again (needs Chromium)
 	@$(BIN)/python -m tests.screenshot
 
+.PHONY: chaos
+chaos: $(DEV_READY) ## Kill engines and workers of a gateway under load; ARGS="--blows 10 --seed N"
+	@$(BIN)/python -m tests.chaos $(ARGS)
+
 .PHONY: clean
 clean: ## Remove environments, caches and build output; state/ stays
 	@rm -rf .venv .venv-* build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -34,6 +34,14 @@ STOP_TIMEOUT_S = 15.0
 
 Environment: TypeAlias = Callable[[], contextlib.AbstractContextManager[None]]
 """Opened around the start of a process, which inherits what it sets."""
+Started: TypeAlias = Callable[[int, str], None]
+"""Told the pid of a process that has just been started, and what it is, for people."""
+
+
+def ignore(pid: int, what: str) -> None:
+    """For those who need not know which processes are started."""
+
+
 _SPAWNING = threading.Lock()
 """Held while a core's process is started: the environment is one for all that start."""
 
@@ -101,6 +109,7 @@ class ClientSlot:
     """The right to drive one core, once. Can be sent to another process of the host."""
 
     shard: str
+    core_pid: int
     index: int
     count: int
     input_address: str
@@ -144,15 +153,20 @@ class EngineCore:
 
     @classmethod
     async def start(
-        cls, name: str, config: VllmConfig, environment: Environment = contextlib.nullcontext
+        cls,
+        name: str,
+        config: VllmConfig,
+        environment: Environment = contextlib.nullcontext,
+        started: Started = ignore,
     ) -> EngineCore:
-        """Start a core, in this environment, and wait until its model is loaded.
+        """Start a core, in this environment, and wait until its model is loaded. `started` is
+        called in a thread, before that.
 
         Raises CoreFailed if the process ends while loading. Cancelled, it ends the process.
         """
         spawned: list[CoreEngineProcManager] = []
         starting = asyncio.ensure_future(
-            asyncio.to_thread(cls._start, name, config, environment, spawned)
+            asyncio.to_thread(cls._start, name, config, environment, started, spawned)
         )
         try:
             return await asyncio.shield(starting)
@@ -172,6 +186,7 @@ class EngineCore:
         name: str,
         config: VllmConfig,
         environment: Environment,
+        started: Started,
         spawned: list[CoreEngineProcManager],
     ) -> EngineCore:
         from vllm.v1.engine.utils import (
@@ -186,11 +201,13 @@ class EngineCore:
             config, Executor.get_class(config), True, listeners.addresses
         )
         try:
-            with contextlib.ExitStack() as started:
+            with contextlib.ExitStack() as ready:
                 with _SPAWNING, environment(), group_signals_blocked():
-                    launch = started.enter_context(launching)
+                    launch = ready.enter_context(launching)
                 assert isinstance(launch.engine_manager, CoreEngineProcManager)
                 spawned.append(launch.engine_manager)
+                for process in launch.engine_manager.processes:
+                    started(process.pid or 0, f"core of {name}")
                 # Leaving this context waits for the core to be ready.
         except RuntimeError as error:
             listeners.cleanup()
@@ -238,6 +255,7 @@ class EngineCore:
         inputs, outputs = self._listeners.inputs[index], self._listeners.outputs[index]
         return ClientSlot(
             shard=self.name,
+            core_pid=self.pids[0],
             index=index,
             count=CLIENT_SLOTS,
             input_address=inputs.address,

@@ -4,11 +4,24 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine
+from pathlib import Path
 from typing import Any, TypeVar
 
 from engine.errors import ShardUnavailable
 
 T = TypeVar("T")
+
+_STILL = frozenset("ZXxTt")
+"""States of processes that have ended, or are stopped (proc(5))."""
+
+
+def runs(pid: int) -> bool:
+    """Whether a process can do anything now."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return stat.rpartition(")")[2].split()[0] not in _STILL
 
 
 class Liveness:

@@ -31,7 +31,7 @@ from engine.generation import (
     Prompt,
     ServedVersion,
 )
-from engine.liveness import Liveness
+from engine.liveness import Liveness, runs
 from engine.output import to_output
 from engine.rendering import PromptRenderer, RenderedPrompt
 from engine.sampling import build_params
@@ -111,6 +111,9 @@ class VllmShard:
         To be called on the event loop that will use it. Raises TimeoutError if the core
         does not greet the slot.
         """
+        # vLLM would wait for the greeting, and hold up the event loop and all its streams.
+        if not runs(slot.core_pid):
+            raise TimeoutError(f"process {slot.core_pid} has ended, or is stopped")
         from vllm.v1.engine.async_llm import AsyncLLM
         from vllm.v1.executor import Executor
 
@@ -357,6 +360,9 @@ class VllmShard:
             removal.cancel()
         self._checks.shutdown(wait=False, cancel_futures=True)
         self._engine.shutdown(timeout=0)
+        # vLLM leaves these threads and descriptors to the garbage collector, and that to chance: a
+        # process that outlives many cores would run out of them.
+        self._engine.engine_core.resources.ctx.destroy(linger=0)
 
 
 def preload() -> None:

@@ -1,4 +1,4 @@
-"""Signals and our child processes: which they must not see, and the one they must."""
+"""Signals and our child processes: those that they must not see, and the one that they must."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import contextlib
 import ctypes
 import os
 import signal
-from collections.abc import Iterator
-from multiprocessing import resource_tracker
+from collections.abc import Callable, Iterator
+from multiprocessing import current_process, resource_tracker
 
 PR_SET_PDEATHSIG = 1
 """prctl(2): the signal that the kernel sends a process when its parent ends."""
@@ -30,11 +30,39 @@ def group_signals_blocked() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+def tie_children() -> None:
+    """From now on no process that `multiprocessing` spawns here outlives this one, nor do those
+    that such a process spawns outlive it. Safe to call twice.
+
+    A spawned process imports for seconds before any code of ours runs in it, and a core loads
+    its model for minutes after that. So the tie is in what it unpickles first: the
+    configuration that each process inherits from the one that makes it.
+    """
+    current_process()._config[_TIE] = Tie()  # type: ignore[attr-defined]
+
+
+class Tie:
+    """What ties a process to its parent, in the moment in which it is unpickled there."""
+
+    def __reduce__(self) -> tuple[Callable[[int], Tie], tuple[int]]:
+        return _tie, (os.getpid(),)  # of the process that spawns, which is not always the host
+
+
+_TIE = "lora_gateway_tie"
+
+
+def _tie(parent_pid: int) -> Tie:
+    die_with_parent(parent_pid)
+    return Tie()  # for the children of this one
+
+
 def die_with_parent(parent_pid: int) -> None:
-    """End this process at once when `parent_pid`, which started it, ends by any means.
+    """End this process at once when `parent_pid`, which started it, ends by any means; also if it
+    is stopped, or hangs.
 
     For processes started from a thread that lives as long as the parent: the kernel counts
-    the end of that thread as the end of the parent (prctl(2)).
+    the end of that thread as the end of the parent (prctl(2)). The main thread does, and so do
+    those of an executor, until it is shut down.
     """
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent_pid:  # it ended before the call

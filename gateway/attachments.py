@@ -22,8 +22,8 @@ from engine.shard import VllmShard
 logger = logging.getLogger(__name__)
 
 UNHEARD_S = 10.0
-"""How long a shard may be silent here before the host has said that its core died. If it never
-does, the core lives, and only this process cannot hear it."""
+"""How long a shard may be silent here after the host should have said that its core died. If it
+never does, the core lives, and only this process cannot hear it."""
 
 
 class Attachments:
@@ -35,12 +35,15 @@ class Attachments:
         pool: ShardPool,
         want: Callable[[str, VersionKey], None],
         lost: Callable[[str], None],
+        stall_timeout_s: float,
     ) -> None:
         """Shards join and leave `pool`. `want` asks the host for a version on a shard; `lost` is
-        told of each shard that is gone, after it has left."""
+        told of each shard that is gone, after it has left. The host takes `stall_timeout_s` to
+        find that a core hangs."""
         self._pool = pool
         self._want = want
         self._tell_lost = lost
+        self._unheard_limit_s = stall_timeout_s + UNHEARD_S
         self._shards: dict[str, VllmShard] = {}
         self._residents: dict[str, Residents] = {}
         self._lost: list[tuple[VllmShard, Residents]] = []
@@ -112,7 +115,7 @@ class Attachments:
                     self._unheard[shard.name] = time.monotonic()
                     self._lose(shard.name)
             for name, since_s in self._unheard.items():
-                if time.monotonic() - since_s > UNHEARD_S:
+                if time.monotonic() - since_s > self._unheard_limit_s:
                     logger.critical("cannot hear %s any more; the standby takes over", name)
                     os._exit(1)
 

@@ -1,6 +1,6 @@
 """The host: the control plane of one gateway. No token passes through it.
 
-    state folder locked, port held -> cores started -> control plane -> workers serve
+    state folder locked and swept, port held -> cores started -> control plane -> workers serve
     SIGTERM or SIGINT -> workers drain -> control plane closes -> cores stop -> exit 0
 
 It starts and watches every other process, is the only writer of the database, and is itself
@@ -24,12 +24,14 @@ from engine.core import ClientSlot, EngineOptions
 from engine.errors import MAX_NAMES, CoreFailed
 from engine.models import resolve_model
 from engine.pool import ServedView
+from engine.signals import tie_children
 from gateway.call import Principal
 from gateway.channel import Orders
 from gateway.control import ControlPlane
 from gateway.http_endpoint import HttpEndpoint
 from gateway.keeper import ShardKeeper
 from gateway.metrics import registry_commit
+from gateway.pid_file import PidFile
 from gateway.port import HeldPort, PortTaken
 from gateway.settings import Settings
 from gateway.shard_gauges import ShardGauges
@@ -113,7 +115,10 @@ class Host:
     async def _start(self) -> None:
         """Everything up to SERVING, in the order in which it can fail cheaply."""
         settings = self._settings
+        tie_children()
         state = self._owned.enter_context(StateFolder(settings.state_dir))
+        pid_file = PidFile(state.path)
+        await asyncio.to_thread(pid_file.sweep)
         port = HeldPort(settings.listen)
         self._owned.callback(port.close)
         reader = StatusReader(settings)
@@ -138,6 +143,7 @@ class Host:
             lambda: self._orders(port.address, prints),
             lambda worker: self._after_death(worker, endpoint),
             lambda message: control.hear(message),
+            pid_file.add,
         )
         self._control = control = ControlPlane(
             settings,
@@ -163,15 +169,18 @@ class Host:
         for adapter, folder in settings.adapter.items():
             await control.check(adapter, folder)  # before minutes are spent on the cores
 
-        self._supervisor = supervisor = Supervisor(
+        keepers = [
             ShardKeeper(
                 name,
                 options[number],
                 partial(settings.environment_of, number),
                 settings.engine_stall_timeout_s,
+                started=pid_file.add,
             )
             for number, name in enumerate(names)
-        )
+        ]
+        # On a CPU nothing is compiled: see `prepare_environment`.
+        self._supervisor = supervisor = Supervisor(keepers, compiles=bool(settings.device_ids(0)))
         reader.supervisor = supervisor
         await supervisor.start(config)
         endpoint.add(ShardGauges(settings.model, lambda: supervisor.shards))

@@ -19,7 +19,15 @@ from collections import deque
 from collections.abc import Callable, Coroutine
 from typing import Any, NamedTuple, Protocol
 
-from engine.core import ClientSlot, EngineConfig, EngineCore, EngineOptions, Environment
+from engine.core import (
+    ClientSlot,
+    EngineConfig,
+    EngineCore,
+    EngineOptions,
+    Environment,
+    Started,
+    ignore,
+)
 from engine.errors import CoreFailed, ShardUnavailable
 from engine.shard import VllmShard
 from gateway import metrics
@@ -98,9 +106,10 @@ class ShardKeeper:
         environment: Environment,
         stall_timeout_s: float,
         restarts: Restarts | None = None,
+        started: Started = ignore,
     ) -> None:
         """Cores are started in this `environment`. One that does not answer for
-        `stall_timeout_s` is killed."""
+        `stall_timeout_s` is killed. `started` is told each process of a core."""
         for cause in Cause:
             metrics.shard_restarts.labels(name, cause.value)  # from 0, so that growth is seen
         self.name = name
@@ -119,6 +128,7 @@ class ShardKeeper:
         self._environment = environment
         self._stall_timeout_s = stall_timeout_s
         self._restarts = restarts or Restarts()
+        self._started = started
         self._core: EngineCore | None = None
 
     def move(self, state: KeeperState) -> None:
@@ -202,12 +212,19 @@ class ShardKeeper:
         """Start a core, drive it, and generate one token. Raises CoreFailed, ShardUnavailable."""
         if config is None:
             config = await asyncio.to_thread(self._options.build_config)
-        self._core = core = await EngineCore.start(self.name, config, self._environment)
-        self.shard = shard = VllmShard.attach(core.take_slot())
+        self._core = core = await EngineCore.start(
+            self.name, config, self._environment, self._started
+        )
+        try:
+            self.shard = shard = VllmShard.attach(core.take_slot())
+        except TimeoutError as error:  # it died just now
+            raise ShardUnavailable(self.name) from error
 
         async def try_out() -> None:
             pids = await shard.call_core("gateway_adopt", os.getpid())
             core.adopt(pids)
+            for pid in pids:
+                self._started(pid, f"core of {self.name}")
             await shard.warm_up()
             logger.info("%s runs in process %d", self.name, pids[0])
 

@@ -16,8 +16,10 @@ STARTS_AT_ONCE = 8
 class Supervisor:
     """Starts the cores, keeps them up and ends them. Owned by the host, which calls `stop`."""
 
-    def __init__(self, keepers: Iterable[ShardKeeper]) -> None:
+    def __init__(self, keepers: Iterable[ShardKeeper], *, compiles: bool) -> None:
+        """`compiles`: whether engines of this kind compile code and share it by caches."""
         self._keepers = {keeper.name: keeper for keeper in keepers}
+        self._compiles = compiles
         self._model: ModelInfo | None = None
 
     @property
@@ -40,19 +42,22 @@ class Supervisor:
     async def start(self, config: EngineConfig) -> None:
         """Start all cores. `config` is the first one's.
 
-        The first fills the caches of compiled code, and the others start beside each other.
+        They start beside each other; if they compile, the first fills the caches alone before.
         Raises CoreFailed for the first that cannot start; the others are ended then.
         """
         first, *others = self._keepers.values()
-        await first.start(config)
         turns = asyncio.Semaphore(STARTS_AT_ONCE)
 
-        async def start(keeper: ShardKeeper) -> None:
+        async def start(keeper: ShardKeeper, config: EngineConfig | None = None) -> None:
             async with turns:
-                await keeper.start()
+                await keeper.start(config)
 
+        if self._compiles:
+            await first.start(config)
         try:
             async with asyncio.TaskGroup() as tasks:
+                if not self._compiles:
+                    tasks.create_task(start(first, config))
                 for keeper in others:
                     tasks.create_task(start(keeper))
         except ExceptionGroup as errors:

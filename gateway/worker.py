@@ -17,7 +17,6 @@ import uvloop
 from engine.errors import ShardUnavailable
 from engine.pool import ShardPool
 from engine.shard import VllmShard, preload
-from engine.signals import die_with_parent
 from gateway import metrics
 from gateway.adapter_labels import AdapterLabels
 from gateway.admission import Admission, Draining
@@ -70,9 +69,8 @@ CUT_TIMEOUT_S = 5.0
 """How long calls get to send their last status after they were cut."""
 
 
-def worker_main(connection: Connection, host_pid: int) -> None:
+def worker_main(connection: Connection) -> None:
     """Entry of the process. It ends with its host; signals of the process group are blocked."""
-    die_with_parent(host_pid)
     configure_logging()
     preload()
     uvloop.run(_run(connection))
@@ -110,7 +108,10 @@ class Worker:
         self._pool = ShardPool((), {}, self._view, orders.shards)
         self._pool.follow(orders.plan)
         self._attachments = Attachments(
-            self._pool, lambda shard, key: channel.send(Want(shard, key)), self._lost
+            self._pool,
+            lambda shard, key: channel.send(Want(shard, key)),
+            self._lost,
+            settings.engine_stall_timeout_s,
         )
         for slot in orders.slots:
             shard = self._attachments.attach(slot, orders.resident[slot.shard])

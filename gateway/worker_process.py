@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import enum
 import multiprocessing
-import os
 
 from engine.core import ClientSlot
 from engine.signals import group_signals_blocked
@@ -51,7 +50,7 @@ class WorkerProcess:
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
         self._process = context.Process(
-            target=worker_main, args=(theirs, os.getpid()), name="gateway-worker", daemon=True
+            target=worker_main, args=(theirs,), name="gateway-worker", daemon=True
         )
         with group_signals_blocked():
             self._process.start()

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
+from engine.core import Started, ignore
 from engine.errors import SlotsUsedUp
 from gateway import metrics
 from gateway.channel import (
@@ -76,14 +77,16 @@ class WorkerFleet:
         make_orders: Callable[[], Orders],
         after_death: Callable[[WorkerProcess], Awaitable[None]],
         hear: Callable[[Unasked], None],
+        started: Started = ignore,
     ) -> None:
         """`make_orders` is asked for each worker that is put to work, and takes fresh slots;
         it may raise SlotsUsedUp. `after_death` cleans up after one that died. `hear` is told
-        what workers say unasked."""
+        what workers say unasked, and `started` of each that is started."""
         self._count = count
         self._make_orders = make_orders
         self._after_death = after_death
         self._hear = hear
+        self._started = started
         self._dying: set[WorkerProcess] = set()
         """Dead, and what they left in the cores is not aborted yet."""
         self._questions: dict[int, _Question] = {}
@@ -204,6 +207,7 @@ class WorkerFleet:
         assert self._tasks is not None
         worker = WorkerProcess()
         self._workers.add(worker)
+        self._started(worker.pid, "worker")
         self._tasks.create_task(self._own(worker))
 
     async def _own(self, worker: WorkerProcess) -> None:

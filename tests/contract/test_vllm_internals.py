@@ -98,7 +98,7 @@ def test_what_we_call_takes_what_we_pass(
     [
         (CoreEngineLaunch, ["engine_manager", "addresses"]),
         (EngineZmqListeners, ["inputs", "outputs"]),
-        (BackgroundResources, ["engine_dead"]),
+        (BackgroundResources, ["ctx", "engine_dead"]),
         (RequestStateStats, ["queued_ts", "scheduled_ts", "first_token_ts", "last_token_ts"]),
         (
             CompletionOutput,

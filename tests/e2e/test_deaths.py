@@ -134,13 +134,3 @@ async def ending(call: Any) -> grpc.aio.AioRpcError:
     except grpc.aio.AioRpcError as error:
         return error
     raise AssertionError("a stream without an engine must not end with OK")
-
-
-async def test_nothing_is_left_when_the_host_is_killed(
-    adapters: Mapping[str, Path], tmp_path: Path
-) -> None:
-    with gateway_process(tmp_path, workers=1, adapters=adapters) as gateway:
-        family = gateway.family()
-        gateway.process.kill()
-        _, alive = await asyncio.to_thread(psutil.wait_procs, family, 10)
-        assert not alive

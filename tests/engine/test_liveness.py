@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
+import subprocess
+import sys
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from engine.errors import ShardUnavailable
-from engine.liveness import Liveness
+from engine.liveness import Liveness, runs
+from engine.shard import VllmShard
 
 LONG_S, SHORT_S = 60.0, 0.02
 
@@ -88,3 +95,26 @@ async def test_who_leaves_takes_the_question_along(core: Core) -> None:
     await asyncio.gather(waiting, return_exceptions=True)
     await asyncio.sleep(0)
     assert core.given_up == 1
+
+
+def test_a_process_runs_unless_it_is_stopped_or_has_ended() -> None:
+    assert runs(os.getpid())
+    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    with process:
+        assert runs(process.pid)
+        process.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WNOWAIT)
+        assert not runs(process.pid)
+        process.kill()
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        assert not runs(process.pid), "nobody has collected it"
+    assert not runs(process.pid)
+
+
+def test_nobody_waits_for_the_greeting_of_a_core_that_has_ended() -> None:
+    """The event loop would be held up for VLLM_ENGINE_READY_TIMEOUT_S."""
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    slot: Any = SimpleNamespace(core_pid=process.pid)
+    with pytest.raises(TimeoutError, match="has ended"):
+        VllmShard.attach(slot)

@@ -71,6 +71,7 @@ class FakeCore:
         self.died = asyncio.Event()
         self.stopped = False
         self.hangs_at_first = False
+        self.greets = True
         self.ends: list[str] = []
         self.slots_left = 63
         self.index = 1
@@ -101,7 +102,11 @@ class Stage:
     """A keeper, the cores that it starts, and all who follow it."""
 
     def __init__(self) -> None:
-        self.keeper = ShardKeeper("shard-1", OPTIONS, nullcontext, STALL_S, Restarts(lambda: 0.0))
+        self.started: list[tuple[int, str]] = []
+        self.keeper = ShardKeeper(
+            *("shard-1", OPTIONS, nullcontext, STALL_S, Restarts(lambda: 0.0)),
+            started=lambda *process: self.started.append(process),
+        )
         self.planned: list[FakeCore | Exception] = []
         """What the next starts come to; a core that lives if nothing is said."""
         self.cores: list[FakeCore] = []
@@ -143,12 +148,16 @@ async def stage(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Stage]:
 
     class Cores:
         @staticmethod
-        async def start(name: str, config: Any, environment: Any) -> Any:
-            return await at.start_core()
+        async def start(name: str, config: Any, environment: Any, started: Any) -> Any:
+            core = await at.start_core()
+            started(42, f"core of {name}")
+            return core
 
     class Shards:
         @staticmethod
         def attach(core: FakeCore) -> FakeShard:
+            if not core.greets:
+                raise TimeoutError
             return core.shard
 
     monkeypatch.setattr(module, "EngineCore", Cores)
@@ -197,6 +206,7 @@ async def test_a_core_that_dies_is_replaced_and_warm_before_anybody_uses_it(stag
     core.died.set()
     await stage.until(WARMING, 2)
     assert core.ends == ["killed"] and core.shard.closed and core.shard.dead.is_set()
+    assert stage.started == [(42, "core of shard-1"), (4711, "core of shard-1")] * 2
     await asyncio.sleep(0)
     assert stage.told == ["lost dead", "prepares warming"]
     stage.may_prepare.set()
@@ -267,6 +277,18 @@ async def test_a_core_that_dies_while_it_is_new_is_replaced_too(stage: Stage) ->
     await stage.until(UP, 4)
     assert [core.ends for core in stage.cores] == [["killed"]] * 3 + [[]]
     assert stage.told.count("admitted up") == 1
+
+
+async def test_a_core_that_dies_before_the_host_is_its_client_is_replaced_too(
+    stage: Stage, caplog: pytest.LogCaptureFixture
+) -> None:
+    dying = FakeCore()
+    dying.greets = False
+    stage.planned = [dying]
+    stage.cores[0].died.set()
+    await stage.until(UP, 3)
+    assert dying.ends == ["killed"]
+    assert not any(record.exc_info for record in caplog.records), "it is no bug of ours"
 
 
 async def test_slots_of_a_core_that_is_gone_abort_nothing(stage: Stage) -> None:

@@ -58,7 +58,7 @@ class Sight:
         self.keepers = [keeper_of(shard) for shard in plane.shards.values()]
         self.reader = StatusReader(Settings(model="/srv/models/llama", shards=len(self.keepers)))
         self.reader.fleet = cast(WorkerFleet, self.fleet)
-        self.reader.supervisor = Supervisor(self.keepers)
+        self.reader.supervisor = Supervisor(self.keepers, compiles=False)
         self.reader.control = plane.control
 
     async def split(self, *weights: int, guard: pb.TrafficGuard | None = None) -> None:

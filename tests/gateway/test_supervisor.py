@@ -1,4 +1,4 @@
-"""All shards start, the first one alone; what they are asked for goes to those that are up."""
+"""All shards start, the first alone if they compile; who is up gets what they are asked for."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ async def test_the_first_starts_alone_and_the_others_beside_each_other(
     monkeypatch.setattr(module, "STARTS_AT_ONCE", 2)
     log: list[str] = []
     first, *others = all_of_them = keepers(log, 4)
-    supervisor = Supervisor(all_of_them)
+    supervisor = Supervisor(all_of_them, compiles=True)
     starting = asyncio.create_task(supervisor.start(CONFIG))
     await settled()
     assert log == ["shard_0 starts"] and first.config is CONFIG
@@ -98,10 +98,31 @@ async def test_the_first_starts_alone_and_the_others_beside_each_other(
     assert all(keeper.settled for keeper in all_of_them)
 
 
-async def test_one_that_cannot_start_ends_the_start_with_its_line() -> None:
+async def test_all_start_beside_each_other_where_nothing_is_compiled(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "STARTS_AT_ONCE", 2)
+    log: list[str] = []
+    first, second, third = all_of_them = keepers(log, 3)
+    supervisor = Supervisor(all_of_them, compiles=False)
+    starting = asyncio.create_task(supervisor.start(CONFIG))
+    await settled()
+    assert log == ["shard_0 starts", "shard_1 starts"]
+    assert (first.config, second.config) == (CONFIG, None)
+    second.may_start.set()
+    await settled()
+    assert log[2:] == ["shard_2 starts"]
+    first.may_start.set()
+    third.may_start.set()
+    await starting
+    assert [shard.name for shard in supervisor.shards] == ["shard_0", "shard_1", "shard_2"]
+
+
+@pytest.mark.parametrize("compiles", [True, False])
+async def test_one_that_cannot_start_ends_the_start_with_its_line(compiles: bool) -> None:
     log: list[str] = []
     first, second, third = keepers(log, 3, shard_1="shard_1 did not start")
-    supervisor = Supervisor([first, second, third])
+    supervisor = Supervisor([first, second, third], compiles=compiles)
     first.may_start.set()
     second.may_start.set()
     with pytest.raises(CoreFailed, match="shard_1 did not start"):
@@ -113,7 +134,7 @@ async def test_one_that_cannot_start_ends_the_start_with_its_line() -> None:
 
 async def test_what_a_keeper_cannot_mend_comes_through() -> None:
     first, second = keepers([], 2)
-    keeping = asyncio.create_task(Supervisor([first, second]).keep(CONFIG))
+    keeping = asyncio.create_task(Supervisor([first, second], compiles=True).keep(CONFIG))
     await settled()
     second.died.set()
     with pytest.raises(CoreFailed, match="shard_1 ended"):
