@@ -1,4 +1,4 @@
-"""One gateway for all tests that leave it as they found it: two workers, three adapters."""
+"""Gateways for all tests that leave them serving: one of one shard, a scarce one, one of two."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import pytest_asyncio
 from engine.models import resolve_model
 from tests.collector import Collector
 from tests.e2e.gateway_process import GatewayProcess, gateway_process
+from tests.e2e.shard_calls import SPREAD, STALL_TIMEOUT_S
 from tests.tiny_adapter import write_tiny_adapter
 
 
@@ -77,4 +78,17 @@ def scarce(sources: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     two of them in a batch. Each test has adapters of its own."""
     flags = ["--max-loras", "2", "--max-cpu-loras", "4", "--adapter-source-allow", str(sources)]
     with gateway_process(tmp_path_factory.mktemp("scarce"), workers=2, extra=flags) as process:
+        yield process
+
+
+@pytest.fixture(scope="session")
+def two(
+    adapters: Mapping[str, Path], sources: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[GatewayProcess]:
+    """A shared gateway with two shards and two workers. Tests may kill a core, and must leave
+    both shards serving."""
+    served = {name: sources / name for name in SPREAD} | dict(adapters)
+    folder = tmp_path_factory.mktemp("two")
+    flags = ["--shards", "2", "--engine-stall-timeout-s", f"{STALL_TIMEOUT_S}"]
+    with gateway_process(folder, workers=2, adapters=served, extra=flags) as process:
         yield process

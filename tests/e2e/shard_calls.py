@@ -17,6 +17,10 @@ from lora_gateway.v1.inference_pb2_grpc import InferenceStub
 from tests.e2e.gateway_process import GatewayProcess
 
 NAMES = ("shard-0", "shard-1")
+SPREAD = ("8", "9", "10", "11", "14", "17")
+"""Adapters of the folder of sources; the ring puts some on each shard."""
+STALL_TIMEOUT_S = 3
+"""After which a silent engine of the gateway with two shards is killed."""
 OPTIONS = [("grpc.use_local_subchannel_pool", 1)]
 """A connection for each channel: the kernel spreads them over the workers."""
 
@@ -116,6 +120,11 @@ def is_gone(process: psutil.Process) -> bool:
         return process.status() == psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return True
+
+
+def restarts(gateway: GatewayProcess, shard: str) -> int:
+    """How often a shard has come up again until now."""
+    return len(re.findall(rf"{shard} is up again after", gateway.log))
 
 
 async def until_up(gateway: GatewayProcess, shard: str, restarts: int, timeout_s: float) -> float:
