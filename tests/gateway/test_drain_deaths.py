@@ -53,12 +53,17 @@ async def test_a_drained_shard_comes_back_drained_and_cold_and_is_warm_once_it_i
 
 
 async def test_a_dead_shard_is_drained_and_stays_out_when_it_is_back(plane: Plane) -> None:
+    (adapter,) = living_on("shard-1")
+    await plane.ready(adapter)
     plane.control.lose("shard-1")
     assert not (await drain(plane, "shard-1")).moved
     shard: Any = plane.shards["shard-1"]
+    shard.loaded.clear()
     await plane.control.prepare(shard)
     await plane.control.admit("shard-1", no_slot)
     assert states(plane)["shard-1"] is ShardState.DRAINING
+    await resume(plane, "shard-1")
+    assert shard.loaded == [key_of(adapter)], "what it had when it died"
 
 
 async def test_a_dead_shard_is_resumed_and_takes_requests_when_it_is_back(plane: Plane) -> None:
@@ -113,7 +118,7 @@ async def test_a_core_that_does_not_answer_is_not_idle_and_one_that_is_dead_is(
 # --- beside other things -----------------------------------------------------
 
 
-async def test_a_plan_waits_for_a_drain_so_that_its_copies_are_where_the_route_goes(
+async def test_a_drain_waits_for_a_plan_so_that_copies_are_where_the_route_goes(
     plane: Plane,
 ) -> None:
     (adapter,) = living_on("shard-1")
@@ -121,17 +126,19 @@ async def test_a_plan_waits_for_a_drain_so_that_its_copies_are_where_the_route_g
     second, third = order(adapter)[1:]
     plane.shards[second].may_load.clear()
     plane.shards[second].loading.clear()
-    draining = asyncio.create_task(drain(plane, "shard-1"))
-    await plane.shards[second].loading.wait()
-    plane.control.hear(Used({AdapterKey(TENANT, adapter): 40_000}))  # hot enough for two copies
+    plane.control.hear(Used({AdapterKey(TENANT, adapter): 40_000}))  # hot enough for copies
     planning = plane.control._planning
     assert planning is not None
     renewing = asyncio.create_task(planning.renew())
-    await asyncio.sleep(0)
+    await plane.shards[second].loading.wait()
+    draining = asyncio.create_task(drains_of(plane).drain(second))
+    for _ in range(100):
+        await asyncio.sleep(0)
+    assert not plane.control.drained
     plane.shards[second].may_load.set()
-    await draining
     await renewing
-    assert plane.control.plan.replicas
+    await draining
+    assert plane.control.plan.replicas and plane.control.drained == {second}
     assert key_of(adapter) in plane.shards[third].loaded
 
 

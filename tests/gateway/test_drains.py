@@ -16,7 +16,7 @@ from engine.ring import AdapterKey, Ring, ShardState
 from gateway import metrics
 from gateway.channel import Want
 from lora_gateway.v1 import adapters_pb2, admin_pb2
-from tests.gateway.control_plane import TENANT, TIMEOUT_S, Plane, control_plane
+from tests.gateway.control_plane import TENANT, TIMEOUT_S, Plane, control_plane, named
 from tests.gateway.promises import refused
 from tests.gateway.three_shards import (
     NAMES,
@@ -124,6 +124,20 @@ async def test_what_comes_while_others_are_loaded_is_moved_too(plane: Plane) -> 
     for shard in plane.shards.values():
         shard.may_load.set()
     assert [moved.adapter for moved in (await draining).moved] == [first, late]
+
+
+async def test_what_is_being_loaded_there_is_moved_too(plane: Plane) -> None:
+    (adapter,) = living_on("shard-1")
+    await plane.ready(adapter)
+    request = named(adapters_pb2.UnloadAdapterVersionRequest, adapter)
+    await plane.stub.UnloadAdapterVersion(request, timeout=TIMEOUT_S)
+    shard = plane.shards["shard-1"]
+    shard.may_load.clear()
+    shard.loading.clear()
+    plane.control.hear(Want("shard-1", key_of(adapter)))  # a call waits for it
+    await shard.loading.wait()
+    assert [moved.adapter for moved in (await drain(plane, "shard-1")).moved] == [adapter]
+    shard.may_load.set()
 
 
 async def test_a_version_that_cannot_be_loaded_elsewhere_does_not_hold_up_the_drain(
