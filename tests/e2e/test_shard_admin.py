@@ -191,7 +191,9 @@ async def test_routes_that_are_explained_are_those_that_are_taken(
             await client.adapters.delete(name, 1)
 
 
-async def test_the_last_open_shard_is_kept(two: GatewayProcess) -> None:
+async def test_the_last_open_shard_is_kept(
+    two: GatewayProcess, adapters: Mapping[str, Path]
+) -> None:
     async with admin(two) as stub:
         await stub.DrainShard(pb.DrainShardRequest(shard=OTHER), timeout=ADMIN_S)
         with pytest.raises(grpc.aio.AioRpcError) as caught:
@@ -199,7 +201,7 @@ async def test_the_last_open_shard_is_kept(two: GatewayProcess) -> None:
         assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
         assert {told.served_by.shard for told in await ask_often(two.address, "", 8)} == {VICTIM}
         await stub.ResumeShard(pb.ResumeShardRequest(shard=OTHER), timeout=ADMIN_S)
-    await at_home(two, [*SPREAD])
+    await at_home(two, [*SPREAD, *adapters])
 
 
 def test_it_is_reached_by_hand(two: GatewayProcess) -> None:
