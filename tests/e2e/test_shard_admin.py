@@ -41,6 +41,9 @@ EXPLAINED = 50
 """Adapters of which routes are explained and then taken."""
 BUF = Path(sys.executable).with_name("buf")
 
+# The first one starts two engines, and one of them starts another.
+pytestmark = pytest.mark.timeout(400)
+
 
 @contextlib.asynccontextmanager
 async def admin(gateway: GatewayProcess) -> AsyncIterator[Any]:
