@@ -16,7 +16,7 @@ from types import TracebackType
 from engine.errors import AdapterNotFound, AdapterNotReady, VersionNotFound
 from engine.generation import ServedVersion, VersionKey
 from engine.residents import Resident, Residents
-from engine.ring import AdapterKey, NoShardOpen, Plan, Reason, Ring, ShardState
+from engine.ring import AdapterKey, Choice, NoShardOpen, Plan, Reason, Ring, ShardState
 from engine.shard import Shard
 from engine.split import Split
 
@@ -142,6 +142,8 @@ class ShardPool:
         self._view = view
         self._ring = Ring(dict.fromkeys(known, ShardState.DOWN))
         self._in_flight = dict.fromkeys(known, 0)
+        self._placed = 0
+        self._drained = frozenset[str]()
         self._members: dict[str, tuple[Shard, Residents]] = {}
         for shard in shards:
             self.join(shard, residents[shard.name])
@@ -151,10 +153,37 @@ class ShardPool:
         """The ring as it is now."""
         return self._ring
 
+    @property
+    def in_flight(self) -> Mapping[str, int]:
+        """Requests of this process that are placed, by shard."""
+        return dict(self._in_flight)
+
+    @property
+    def placed(self) -> int:
+        """Requests that were ever placed; who compares two looks sees whether any came."""
+        return self._placed
+
+    @property
+    def drained(self) -> frozenset[str]:
+        """Shards that take no requests, up or not."""
+        return self._drained
+
     def join(self, shard: Shard, residents: Residents) -> None:
-        """Place requests on this shard too, from now on. Raises KeyError for an unknown name."""
-        self._ring = self._ring.with_state(shard.name, ShardState.UP)
+        """Place requests on this shard too, from now on, unless it is drained. Raises KeyError
+        for an unknown name."""
         self._members[shard.name] = shard, residents
+        self._note_state(shard.name)
+
+    def drain(self, shards: Collection[str]) -> None:
+        """Place nothing on these shards from now on, and again on all others that are up. What is
+        placed stays."""
+        self._drained = frozenset(shards)
+        for name in self._members:
+            self._note_state(name)
+
+    def _note_state(self, name: str) -> None:
+        state = ShardState.DRAINING if name in self._drained else ShardState.UP
+        self._ring = self._ring.with_state(name, state)
 
     def leave(self, shard: str) -> None:
         """Place nothing on this shard any more; what is placed there stays."""
@@ -167,8 +196,8 @@ class ShardPool:
 
     @property
     def is_open(self) -> bool:
-        """Whether any shard is up."""
-        return bool(self._members)
+        """Whether any shard takes requests."""
+        return ShardState.UP in self._ring.states.values()
 
     def resolve(
         self, tenant: str, adapter: str, version: int | None, session: str
@@ -186,9 +215,14 @@ class ShardPool:
 
         On none of the shards `without`, which were tried. Raises NoShardOpen.
         """
-        adapter = None if key is None else AdapterKey(key.tenant, key.adapter)
-        choice = self._ring.choose(adapter, self._in_flight, without)
+        choice = self.choose(key, without)
+        self._placed += 1
         return self._at(choice.shard, key, choice.reason)
+
+    def choose(self, key: VersionKey | None, without: Collection[str] = ()) -> Choice:
+        """Where a request would be placed now, and by what. Raises as `route_to`."""
+        adapter = None if key is None else AdapterKey(key.tenant, key.adapter)
+        return self._ring.choose(adapter, self._in_flight, without)
 
     def homes(self, key: VersionKey) -> list[Route]:
         """The shards that should have the version loaded, the first to be asked first.

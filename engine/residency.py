@@ -89,6 +89,8 @@ class Place:
     load_time_s: float
     """When it was loaded, in seconds since the epoch."""
     load_duration_s: float
+    last_use_s: float = 0.0
+    """When it had last been used elsewhere before, on the machine's monotonic clock."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +127,8 @@ class Residency:
         `observe_failure` why a version is not, whenever those who wait for it are told."""
         self._shard = shard
         self._capacity = places
+        self._used_elsewhere: dict[VersionKey, float] = {}
+        """Of those that are wanted; see Place."""
         self._versions = versions
         self._holders = holders
         self._observe_load = observe_load
@@ -161,6 +165,15 @@ class Residency:
         """All that is resident, for a process that joins."""
         return [place.version for place in self._places.values()]
 
+    def wanted(self) -> list[VersionKey]:
+        """What is being loaded, or is about to be."""
+        return [*self._wanted]
+
+    @property
+    def places_left(self) -> int:
+        """Versions that can be loaded without another one leaving."""
+        return self._capacity - len(self._places) - len(self._leaving)
+
     def want(self, key: VersionKey) -> None:
         """A process waits for this version. All are told when it is resident, or why not."""
         if (place := self._places.get(key)) is not None:
@@ -170,14 +183,17 @@ class Residency:
         else:
             self._enqueue(key)
 
-    async def ensure(self, key: VersionKey) -> ServedVersion:
-        """Load a version unless it is resident.
+    async def ensure(self, key: VersionKey, last_use_s: float = 0.0) -> ServedVersion:
+        """Load a version unless it is resident. One that comes from another shard was last used
+        there at `last_use_s`, on the monotonic clock.
 
         Raises what kept it from being loaded: AdapterLoadFailed, AdapterNotFound or
         ShardUnavailable.
         """
         if (place := self._places.get(key)) is not None:
             return place.version
+        if last_use_s:
+            self._used_elsewhere[key] = last_use_s
         return await asyncio.shield(self._enqueue(key))
 
     async def remove(self, key: VersionKey) -> None:
@@ -259,6 +275,7 @@ class Residency:
         reason = error.reason if isinstance(error, AdapterLoadFailed) else str(error)
         self._failures[key] = _Failure(reason, time.monotonic())
         self._observe_failure(_fault_of(error))
+        self._used_elsewhere.pop(key, None)
         self._holders.failed(self.shard, key, reason)
         self._wanted.pop(key).set_exception(error)
 
@@ -285,27 +302,28 @@ class Residency:
             else:
                 duration_s = time.monotonic() - begin_s
                 self._observe_load(self.shard, duration_s, True)
-                self._places[key] = Place(version, time.time(), duration_s)
+                self._places[key] = Place(
+                    version, time.time(), duration_s, self._used_elsewhere.pop(key, 0.0)
+                )
                 self._note_count()
                 return version
         raise refusal
 
-    @property
-    def _full(self) -> bool:
-        return len(self._places) + len(self._leaving) >= self._capacity
-
     async def _make_room(self) -> None:
-        """Free a place if none is: that of the version which was idle for longest.
+        """Free a place if none is: that of the version which was idle for longest, also elsewhere.
 
         While all are in use, the one whose last request began first takes no new ones; should
         another become idle before it has drained, that one goes too.
         """
-        while self._full:
+        while self.places_left <= 0:
             uses = await self._holders.uses(self.shard)
-            if not self._full:  # something was removed while they answered
+            if self.places_left > 0:  # something was removed while they answered
                 return
             unused = Use(0, 0.0)
-            by_last_use = sorted(self._places, key=lambda key: uses.get(key, unused).last_use_s)
+            by_last_use = sorted(
+                self._places,
+                key=lambda key: max(uses.get(key, unused).last_use_s, self._places[key].last_use_s),
+            )
             idle = [key for key in by_last_use if not uses.get(key, unused).holds]
             if idle:
                 self._begin_leave(idle[0])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import re
 from typing import Annotated
+from urllib.parse import unquote
 
 from pydantic import AfterValidator
 
@@ -33,6 +34,19 @@ def _is_host(host: str) -> bool:
 
 Address = Annotated[str, AfterValidator(_address)]
 """`HOST:PORT`. Port 0 takes a free one."""
+
+
+def is_local_peer(peer: str) -> bool:
+    """Whether a caller, named as gRPC does (`ipv4:127.0.0.1:4711`), is on this machine."""
+    kind, _, address = unquote(peer).partition(":")
+    if kind == "unix":
+        return True
+    try:
+        host = ipaddress.ip_address(address.rpartition(":")[0].strip("[]"))
+    except ValueError:
+        return False
+    mapped = host.ipv4_mapped if isinstance(host, ipaddress.IPv6Address) else None
+    return (mapped or host).is_loopback
 
 
 def is_loopback(address: str) -> bool:

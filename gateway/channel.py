@@ -46,6 +46,8 @@ class Orders:
     """How many replicas hot adapters have."""
     named: frozenset[AdapterKey]
     """The adapters that have series of their own."""
+    drained: frozenset[str]
+    """Shards that take no requests, whether they are up or not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +106,38 @@ class FollowPlan:
 
 
 @dataclass(frozen=True, slots=True)
+class FollowDrains:
+    """Question: these shards take no requests from now on, and all others do. Answered once that
+    is followed."""
+
+    shards: frozenset[str]
+
+
+@dataclass(frozen=True, slots=True)
+class TellPlaced:
+    """Question: what is placed where? Answered with `Placed`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """Answer: requests of one process that are placed now, by shard, and those that ever were."""
+
+    in_flight: Mapping[str, int]
+    ever: int
+
+
+@dataclass(frozen=True, slots=True)
+class Explain:
+    """Question: where would this request go? Answered with an `Explanation`; None: the version is
+    not known there."""
+
+    tenant: str
+    adapter: str
+    version: int | None
+    session: str
+
+
+@dataclass(frozen=True, slots=True)
 class Leave:
     """Question: use this version no more. Answered once nothing runs on it."""
 
@@ -132,7 +166,17 @@ class ShardUp:
     """What it has loaded."""
 
 
-Question = ShowAdapter | FollowPlan | ShardUp | Leave | TellUses | Flush
+Question = (
+    ShowAdapter
+    | FollowPlan
+    | FollowDrains
+    | ShardUp
+    | Leave
+    | TellUses
+    | TellPlaced
+    | Explain
+    | Flush
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,21 +32,26 @@ from engine.replication import Planner
 from engine.ring import AdapterKey, Plan
 from engine.servability import trainable_modules
 from engine.shard import VllmShard
-from gateway import adapters, training
+from gateway import adapters, admin, training
 from gateway.adapters import Adapters
+from gateway.admin import Admin
 from gateway.admission import MAX_WATCHES, Admission, Draining, Slots
 from gateway.arms import Arms
 from gateway.call import Principal
 from gateway.channel import Ended, Unasked, Used, Want
 from gateway.checkpoint_sources import TRAIN_SCHEME
+from gateway.drains import Drains
 from gateway.evaluation import Evaluations
 from gateway.judgement import Judgement
+from gateway.keeper import ShardKeeper
 from gateway.naming import Naming
 from gateway.planning import Planning
 from gateway.processes import Processes
 from gateway.relay import caller
+from gateway.renewal import Renewal
 from gateway.server import HOST_OPTIONS, HOST_SERVICES
 from gateway.settings import Settings
+from gateway.shard_survey import ShardSurvey
 from gateway.shards import Shards
 from gateway.sights import Sights
 from gateway.throughput import Throughput
@@ -56,6 +61,7 @@ from gateway.training_plane import TrainingPlane
 from gateway.workers import WorkerFleet
 from gateway.wrap import Edge, EdgeInterceptor
 from lora_gateway.v1.adapters_pb2_grpc import add_AdaptersServicer_to_server
+from lora_gateway.v1.admin_pb2_grpc import add_AdminServicer_to_server
 from lora_gateway.v1.training_pb2_grpc import add_TrainingServicer_to_server
 from store.artifacts import ArtifactStore
 from store.jobs import JobStore
@@ -111,6 +117,7 @@ class ControlPlane:
         self._modules = BaseModules({})
         self._shards: Shards | None = None
         self._planning: Planning | None = None
+        self._renewal: Renewal | None = None
         self._catalog: AdapterCatalog | None = None
         self._intake: Intake | None = None
         self._server: grpc.aio.Server | None = None
@@ -155,6 +162,12 @@ class ControlPlane:
             *(self._ledger, self._registry, self._training.store, self._arms),
             *(self._throughput, self._processes, self._shards),
         )
+
+    @property
+    def drained(self) -> frozenset[str]:
+        """Shards that take no requests, whether they are up or not."""
+        assert self._shards is not None
+        return self._shards.pool.drained
 
     def hear(self, message: Unasked) -> None:
         """What a worker says unasked."""
@@ -213,7 +226,8 @@ class ControlPlane:
         """Load what belongs on a new core, which nobody uses yet. Raises ShardUnavailable."""
         assert self._shards is not None
         self._shards.join(shard)
-        await self._shards.warm(shard.name)
+        if shard.name not in self.drained:  # else once it is resumed
+            await self._shards.warm(shard.name)
 
     async def admit(self, shard: str, take_slot: Callable[[], ClientSlot]) -> None:
         """Have all use the shard from now on, and go on with what it left undone."""
@@ -223,8 +237,9 @@ class ControlPlane:
         await self._processes.admit(shard, resident, take_slot)
         await self._catalog.go_on()
 
-    def serve_on(self, shards: Iterable[VllmShard]) -> None:
-        """Load, probe and evaluate on these shards. Call `run` from now on."""
+    def serve_on(self, shards: Iterable[VllmShard], keepers: Sequence[ShardKeeper]) -> None:
+        """Load, probe and evaluate on these shards, which have these keepers. Call `run` from now
+        on."""
         assert self._catalog is not None and self._served is not None
         catalog, served, settings = self._catalog, self._served, self._settings
         self._shards = ours = Shards(
@@ -242,16 +257,26 @@ class ControlPlane:
             ours.join(shard)
             ours.open(shard.name)
         self._server = self._build_server(catalog, evaluations, servicer)
+        drains = Drains(ours, self._processes)
+        self._renewal = Renewal(keepers, drains, self._processes)
+        places = settings.max_cpu_loras
+        survey = ShardSurvey(keepers, ours, drains, self._processes, places)
+        add_AdminServicer_to_server(
+            Admin(survey, drains, ours, self._processes, self.view, settings.max_loras),
+            self._server,
+        )
 
     async def run(self) -> None:
         """Load what is wanted, watch what is guarded, sweep what is left, until closed."""
         assert self._shards is not None and self._planning is not None
+        assert self._renewal is not None
         self._running = asyncio.current_task()
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._shards.run())
             if self._settings.shards > 1:
                 tasks.create_task(self._planning.run())
             tasks.create_task(self._naming.run())
+            tasks.create_task(self._renewal.run())
             tasks.create_task(self._judgement.guard())
             tasks.create_task(self._sweep())
             tasks.create_task(self._training.run())
@@ -308,7 +333,7 @@ class ControlPlane:
             # A call is counted where it came in, by the worker that passed it on.
             lambda call, code, end_s: None,
             caller,
-            adapters.PATIENT_METHODS | training.PATIENT_METHODS,
+            adapters.PATIENT_METHODS | training.PATIENT_METHODS | admin.PATIENT_METHODS,
         )
         server = grpc.aio.server(
             interceptors=[EdgeInterceptor(edge, HOST_SERVICES)], options=list(HOST_OPTIONS)

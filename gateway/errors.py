@@ -32,10 +32,13 @@ from gateway.call import Call
 from gateway.exceptions import (
     ControlPlaneUnavailable,
     DefaultDeadlineExceeded,
+    LastOpenShard,
+    LoopbackOnly,
     MalformedMessage,
     Relayed,
     RequestNotFound,
     SequenceUnknown,
+    ShardUnknown,
 )
 from lora_gateway.v1.errors_pb2 import ErrorReason
 from store.job_records import (
@@ -264,6 +267,17 @@ _TABLE: tuple[tuple[type[Exception], Callable[..., answers.Answer]], ...] = (
         answers.says(
             code_pb2.OUT_OF_RANGE, ErrorReason.ERROR_REASON_SEQUENCE_UNKNOWN, "sequence=newest"
         ),
+    ),
+    (ShardUnknown, answers.missing(ErrorReason.ERROR_REASON_SHARD_NOT_FOUND, "shard", "shard")),
+    (
+        LastOpenShard,
+        answers.says(
+            code_pb2.FAILED_PRECONDITION, ErrorReason.ERROR_REASON_LAST_OPEN_SHARD, "shard"
+        ),
+    ),
+    (
+        LoopbackOnly,
+        answers.says(code_pb2.PERMISSION_DENIED, ErrorReason.ERROR_REASON_LOOPBACK_ONLY, "service"),
     ),
     (ControlPlaneUnavailable, answers.control_plane),
     (Overloaded, answers.overloaded),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from google.rpc import status_pb2
 
 
@@ -56,6 +58,36 @@ class SequenceUnknown(Exception):
             "folder; watch from 0"
         )
         self.newest = newest
+
+
+class ShardUnknown(Exception):
+    """There is no shard of that name."""
+
+    def __init__(self, shard: str, names: Iterable[str]) -> None:
+        super().__init__(f"there is no shard {shard[:64]!r}; there are: {', '.join(names)}")
+        self.shard = shard
+
+
+class LastOpenShard(Exception):
+    """Without this shard nobody would answer."""
+
+    def __init__(self, shard: str) -> None:
+        super().__init__(
+            f"no shard but {shard} takes requests, so it cannot be drained: resume another one, "
+            "wait until one is up, or stop the gateway with SIGTERM, which drains it whole"
+        )
+        self.shard = shard
+
+
+class LoopbackOnly(Exception):
+    """A service for callers on this machine, asked from elsewhere."""
+
+    def __init__(self, service: str) -> None:
+        super().__init__(
+            f"{service} is answered to callers on the gateway's own machine alone: call it there, "
+            "by a loopback address"
+        )
+        self.service = service
 
 
 class Relayed(Exception):

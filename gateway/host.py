@@ -185,7 +185,7 @@ class Host:
         await supervisor.start(config)
         endpoint.add(ShardGauges(settings.model, lambda: supervisor.shards))
         endpoint.add(TrainingGauges(control.training_pulse))
-        control.serve_on(supervisor.shards)
+        control.serve_on(supervisor.shards, supervisor.keepers)
         self._watch(control.run())
         self._watch(supervisor.keep(control))
         for adapter, folder in settings.adapter.items():
@@ -217,6 +217,7 @@ class Host:
             resident=control.resident,
             plan=control.plan,
             named=control.named,
+            drained=control.drained,
         )
 
     async def _after_death(self, worker: WorkerProcess, endpoint: HttpEndpoint) -> None:

@@ -1,11 +1,12 @@
 """One shard as the host keeps it: a core that runs, and another one when that dies.
 
     STARTING -> UP -> DEAD -> REBUILDING -> WARMING -> UP -> ...
-                       ^----------'------------'
+                |      ^----------'------------'
+                '- to be renewed ---^
 
 A core is dead when its process ended, and also when it does not answer for so long that it never
-will: then all its processes are killed first. What belongs on the new one is loaded before anybody
-may use it (ADR 0010).
+will: then all its processes are killed first. One that has few client slots left is ended in order.
+What belongs on the new one is loaded before anybody may use it (ADR 0010, ADR 0011).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 from engine.core import (
@@ -54,7 +56,7 @@ class KeeperState(enum.Enum):
 
 TRANSITIONS: dict[KeeperState, frozenset[KeeperState]] = {
     KeeperState.STARTING: frozenset({KeeperState.UP, KeeperState.STOPPED}),
-    KeeperState.UP: frozenset({KeeperState.DEAD, KeeperState.STOPPED}),
+    KeeperState.UP: frozenset({KeeperState.DEAD, KeeperState.REBUILDING, KeeperState.STOPPED}),
     KeeperState.DEAD: frozenset({KeeperState.REBUILDING, KeeperState.STOPPED}),
     KeeperState.REBUILDING: frozenset({KeeperState.WARMING, KeeperState.DEAD, KeeperState.STOPPED}),
     KeeperState.WARMING: frozenset({KeeperState.UP, KeeperState.DEAD, KeeperState.STOPPED}),
@@ -68,6 +70,18 @@ class Cause(enum.Enum):
     DIED = "died"
     STALLED = "stalled"
     START_FAILED = "start_failed"
+    RENEWED = "renewed"
+    """It had few client slots left, and was ended for that."""
+
+
+@dataclass(frozen=True, slots=True)
+class Death:
+    """The end of a core that nobody asked for."""
+
+    reason: str
+    """For people."""
+    time_s: float
+    """In seconds since the epoch."""
 
 
 class Note(NamedTuple):
@@ -122,6 +136,9 @@ class ShardKeeper:
         """The newest last."""
         self.shard: VllmShard | None = None
         """The host's client of the core; None while there is none."""
+        self.last_death: Death | None = None
+        self.next_start_s: float | None = None
+        """When the next core is started, in seconds since the epoch, while that is waited for."""
         self.settled = False
         """Whether the gateway serves: until then it ends with any core that dies."""
         self._options = options
@@ -130,6 +147,14 @@ class ShardKeeper:
         self._restarts = restarts or Restarts()
         self._started = started
         self._core: EngineCore | None = None
+        self._renewal: asyncio.Future[None] | None = None
+        """Done when the core that was to be renewed is replaced."""
+        self._renewal_asked = asyncio.Event()
+
+    @property
+    def slots_left(self) -> int:
+        """Client slots of the core that were never taken; 0 while there is no core."""
+        return 0 if self._core is None else self._core.slots_left
 
     def move(self, state: KeeperState) -> None:
         """Go to another state. Raises ValueError for a move that is not in TRANSITIONS."""
@@ -154,24 +179,36 @@ class ShardKeeper:
         Raises CoreFailed, which says how it did, if one dies before `settled` is set.
         """
         while True:
-            cause = await self._death()
-            died_s = time.monotonic()
-            self.move(KeeperState.DEAD)
-            reason = await self._bury(followers, cause)
-            if not self.settled:
-                raise CoreFailed(f"{self.name} ended: {reason}; the gateway ends with it")
-            logger.error("%s ended: %s", self.name, reason)
-            self._note(f"ended: {reason}", is_trouble=True)
-            await self._replace(followers, cause)
-            took_s = time.monotonic() - died_s
-            metrics.engine_recovery.labels(self.name).observe(took_s)
-            logger.info("%s is up again after %.1f s", self.name, took_s)
-            self._note(f"is up again after {took_s:.1f} s")
+            cause = await self._death_or_renewal()
+            ended_s = time.monotonic()
+            if cause is Cause.RENEWED:
+                await self._renew(followers)
+                took_s = time.monotonic() - ended_s
+                logger.info("%s was renewed in %.1f s", self.name, took_s)
+                self._note(f"was renewed in {took_s:.1f} s")
+            else:
+                self.move(KeeperState.DEAD)
+                reason = await self._bury(followers, cause)
+                self.last_death = Death(reason, time.time())
+                if not self.settled:
+                    raise CoreFailed(f"{self.name} ended: {reason}; the gateway ends with it")
+                logger.error("%s ended: %s", self.name, reason)
+                self._note(f"ended: {reason}", is_trouble=True)
+                await self._replace(followers, cause)
+                took_s = time.monotonic() - ended_s
+                metrics.engine_recovery.labels(self.name).observe(took_s)
+                logger.info("%s is up again after %.1f s", self.name, took_s)
+                self._note(f"is up again after {took_s:.1f} s")
+            self._renewal_asked.clear()  # also where it died before
+            if self._renewal is not None and not self._renewal.done():
+                self._renewal.set_result(None)
 
-    @property
-    def slots_left(self) -> int:
-        """Fresh slots of the core; 0 if there is none."""
-        return 0 if self._core is None else self._core.slots_left
+    async def renew(self) -> None:
+        """Have the core, which is up, ended in order and replaced; returns when that is done. What
+        still runs there ends with ShardUnavailable."""
+        self._renewal = asyncio.get_running_loop().create_future()
+        self._renewal_asked.set()
+        await self._renewal
 
     def take_slot(self) -> ClientSlot:
         """A fresh slot of the core, for a worker. Raises SlotsUsedUp."""
@@ -244,6 +281,17 @@ class ShardKeeper:
             silence.cancel()
             await asyncio.gather(ending, silence, return_exceptions=True)
 
+    async def _death_or_renewal(self) -> Cause:
+        dying = asyncio.create_task(self._death())
+        asked = asyncio.create_task(self._renewal_asked.wait())
+        try:
+            await asyncio.wait((dying, asked), return_when=asyncio.FIRST_COMPLETED)
+            return dying.result() if dying.done() else Cause.RENEWED
+        finally:
+            for task in (dying, asked):
+                task.cancel()
+            await asyncio.gather(dying, asked, return_exceptions=True)
+
     async def _unless_dead(self, work: Coroutine[Any, Any, None]) -> None:
         """Do `work`, which uses the core. Raises ShardUnavailable if the core dies meanwhile."""
         working, dying = asyncio.create_task(work), asyncio.create_task(self._death())
@@ -275,28 +323,51 @@ class ShardKeeper:
             shard.close()
         return reason
 
+    async def _renew(self, followers: Followers) -> None:
+        """End the core in order, and start another one."""
+        self.move(KeeperState.REBUILDING)  # nobody takes a slot of it any more
+        followers.lose(self.name)
+        shard, core = self.shard, self._core
+        assert shard is not None and core is not None
+        await core.stop(self._ask_to_stop)
+        self.shard = self._core = None
+        shard.declare_dead()
+        shard.close()
+        if not await self._start_again(followers, Cause.RENEWED):
+            await self._replace(followers, Cause.START_FAILED)
+
     async def _replace(self, followers: Followers, cause: Cause) -> None:
         """Start cores until one is up."""
         while True:
             delay_s = self._restarts.died()
             if self._restarts.breaker_open:
                 logger.critical("%s dies again and again; next try in %g s", self.name, delay_s)
+                self.next_start_s = time.time() + delay_s
             await asyncio.sleep(delay_s)
-            metrics.shard_restarts.labels(self.name, cause.value).inc()
-            self.restarts += 1
+            self.next_start_s = None
             self.move(KeeperState.REBUILDING)
-            try:
-                await self._revive(followers)
+            if await self._start_again(followers, cause):
                 return
-            except (CoreFailed, ShardUnavailable) as error:
-                logger.error("%s could not be started again: %s", self.name, error)
-                self._note(f"could not be started again: {error}", is_trouble=True)
-            except Exception:  # whatever it is, the other shards serve on
-                logger.exception("%s could not be started again", self.name)
-                self._note("could not be started again; the log says why", is_trouble=True)
-            self.move(KeeperState.DEAD)
             cause = Cause.START_FAILED
-            await self._bury(followers, cause)
+
+    async def _start_again(self, followers: Followers, cause: Cause) -> bool:
+        """Whether another core is up. If not, the shard is DEAD."""
+        metrics.shard_restarts.labels(self.name, cause.value).inc()
+        self.restarts += 1
+        try:
+            await self._revive(followers)
+            return True
+        except (CoreFailed, ShardUnavailable) as error:
+            reason = f"could not be started again: {error}"
+            logger.error("%s %s", self.name, reason)
+        except Exception:  # whatever it is, the other shards serve on
+            reason = "could not be started again; the log says why"
+            logger.exception("%s could not be started again", self.name)
+        self._note(reason, is_trouble=True)
+        self.last_death = Death(reason, time.time())
+        self.move(KeeperState.DEAD)
+        await self._bury(followers, Cause.START_FAILED)
+        return False
 
     async def _revive(self, followers: Followers) -> None:
         shard = await self._build()

@@ -96,13 +96,20 @@ shard_inflight = Gauge(
 )
 shard_up = Gauge(
     "gateway_shard_up",
-    "Whether a shard takes requests: 1 or 0.",
+    "Whether a shard has a core that answers, drained or not: 1 or 0.",
+    ["shard"],
+    multiprocess_mode="livemax",
+)
+shard_drained = Gauge(
+    "gateway_shard_drained",
+    "Whether a shard was taken out of the route: 1 or 0.",
     ["shard"],
     multiprocess_mode="livemax",
 )
 shard_restarts = Counter(
     "gateway_shard_restarts",
-    "Starts of a core in place of one that died or stalled, or that failed to start.",
+    "Starts of a core in place of one that died or stalled, that failed to start, or that had few "
+    "client slots left (renewed).",
     ["shard", "cause"],
 )
 engine_recovery = Histogram(

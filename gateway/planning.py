@@ -61,6 +61,10 @@ class Planning:
 
     async def renew(self) -> None:
         """Plan anew. Returns when the plan is followed."""
+        async with self._shards.routing:  # or copies would be loaded where a drain moves them away
+            await self._renew()
+
+    async def _renew(self) -> None:
         ring = self._shards.pool.ring
         busy = await self._busy() if ring.plan.replicas else set[tuple[AdapterKey, str]]()
         plan = self._planner.plan(ring, lambda key, shard: (key, shard) in busy)

@@ -16,17 +16,22 @@ from engine.pool import ServedAdapter
 from engine.residents import Residents, Use
 from engine.ring import Plan
 from gateway.channel import (
+    Explain,
     Flush,
+    FollowDrains,
     FollowPlan,
     Leave,
     Loaded,
     LoadFailed,
+    Placed,
     Question,
     ShardDied,
     ShardUp,
     ShowAdapter,
+    TellPlaced,
     TellUses,
 )
+from gateway.explanation import Explanation
 from gateway.worker_process import WorkerProcess
 from gateway.workers import WorkerFleet
 
@@ -74,6 +79,7 @@ class Processes:
         await _followed(f"{shard}, which is up again", self._fleet.ask_each(ask))
         for slot in slots:
             slot.close()  # the workers have their own copies of the listeners now
+        self._fleet.fill()  # there may have been no slot for some
 
     def show(self, tenant: str, adapter: str, served: ServedAdapter) -> Awaitable[None]:
         """Send the adapter to all at once; awaited, wait until they follow."""
@@ -114,6 +120,20 @@ class Processes:
     async def follow(self, plan: Plan) -> None:
         """Have all choose among these replicas; returns when they follow."""
         await _followed("the plan", self._fleet.ask(FollowPlan(plan)))
+
+    async def drain(self, shards: frozenset[str]) -> None:
+        """Have no process but the host place requests on these shards, and all of them on the
+        others; returns when they follow."""
+        await _followed("the drain of shards", self._fleet.ask(FollowDrains(shards)))
+
+    async def placed(self) -> list[Placed]:
+        """What the workers have in flight, of those that answer in time."""
+        return await self._fleet.ask(TellPlaced(), ANSWER_TIMEOUT_S)
+
+    async def explain(self, request: Explain) -> list[Explanation]:
+        """Where each worker would send a request, of those that answer in time and know it."""
+        told: list[Explanation | None] = await self._fleet.ask(request, ANSWER_TIMEOUT_S)
+        return [explanation for explanation in told if explanation is not None]
 
     async def flush(self) -> None:
         """Have all outcomes of ended requests sent, by all that answer in time."""

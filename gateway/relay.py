@@ -18,8 +18,10 @@ import grpc
 from google.rpc import code_pb2, status_pb2
 from grpc_status import rpc_status
 
+from gateway.address import is_local_peer
 from gateway.call import Call, Principal
-from gateway.exceptions import ControlPlaneUnavailable, Relayed
+from gateway.exceptions import ControlPlaneUnavailable, LoopbackOnly, Relayed
+from gateway.server import LOOPBACK_SERVICES
 from gateway.wrap import Context, Edge, Handler, open_call, write
 
 ACTOR_KEY = "lora-gateway-actor"
@@ -55,6 +57,7 @@ class Relay(grpc.GenericRpcHandler):
         async def relay(requests: AsyncIterator[bytes], context: Context) -> None:
             # The deadline of a call without one is the host's to decide.
             async with open_call(path.rpartition("/")[2], context, self._edge, None) as call:
+                _refuse_strangers(path, context)
                 await self._relay(path, call, requests, context)
 
         # On the wire a unary call is a stream of one message, so this serves all four kinds.
@@ -83,6 +86,13 @@ class Relay(grpc.GenericRpcHandler):
     async def close(self) -> None:
         """Close the connection to the host."""
         await self._channel.close()
+
+
+def _refuse_strangers(path: str, context: Context) -> None:
+    """Raise LoopbackOnly for a call from elsewhere to what is for this machine alone."""
+    service = path.split("/")[1]
+    if service in LOOPBACK_SERVICES and not is_local_peer(str(context.peer())):
+        raise LoopbackOnly(service)
 
 
 async def _send(requests: AsyncIterator[bytes], upstream: Any) -> None:

@@ -33,8 +33,10 @@ class Restarts:
         return self._delay_s > 0.0
 
     def up(self) -> None:
-        """Note that the shard takes requests from now on."""
-        self._up_s = self._clock()
+        """Note that the shard takes requests from now on, or again with a core that replaced one
+        which had not died."""
+        if self._up_s is None:
+            self._up_s = self._clock()
 
     def died(self) -> float:
         """Note a death, or a start that failed; returns how many seconds to wait now."""

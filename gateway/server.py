@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import AsyncIterable, AsyncIterator, Sequence
 from typing import Any
 
 import grpc
@@ -13,11 +13,12 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2
 from grpc_reflection.v1alpha.reflection import aio as reflection_aio
 from grpc_reflection.v1alpha.reflection_pb2_grpc import add_ServerReflectionServicer_to_server
 
+from gateway.address import is_local_peer
 from gateway.admission import MAX_WATCHES
 from gateway.health import Health
 from gateway.settings import Settings
 from gateway.wrap import Edge, EdgeInterceptor
-from lora_gateway.v1 import adapters_pb2, inference_pb2, training_pb2
+from lora_gateway.v1 import adapters_pb2, admin_pb2, inference_pb2, training_pb2
 from lora_gateway.v1.inference_pb2_grpc import InferenceServicer, add_InferenceServicer_to_server
 
 MAX_MESSAGE_BYTES = 8 * 1024 * 1024
@@ -26,13 +27,16 @@ caller can hold it; datasets and adapters are streamed."""
 INFERENCE = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
 ADAPTERS = adapters_pb2.DESCRIPTOR.services_by_name["Adapters"].full_name
 TRAINING = training_pb2.DESCRIPTOR.services_by_name["Training"].full_name
-SERVICES = (INFERENCE, ADAPTERS, TRAINING)
+ADMIN = admin_pb2.DESCRIPTOR.services_by_name["Admin"].full_name
+SERVICES = (INFERENCE, ADAPTERS, TRAINING, ADMIN)
 """Full names of the services on the public address."""
-HOST_SERVICES = (ADAPTERS, TRAINING)
+HOST_SERVICES = (ADAPTERS, TRAINING, ADMIN)
 """Those that the host answers, and workers pass on."""
+LOOPBACK_SERVICES = (ADMIN,)
+"""Those of them that are for callers on this machine alone, and that others are not shown."""
 HOST_PATHS = frozenset(
     f"/{service.full_name}/{method.name}"
-    for file in (adapters_pb2, training_pb2)
+    for file in (adapters_pb2, training_pb2, admin_pb2)
     for service in file.DESCRIPTOR.services_by_name.values()
     for method in service.methods
 )
@@ -130,19 +134,37 @@ def _credentials(settings: Settings) -> grpc.ServerCredentials | None:
     )
 
 
+class _Reflection(reflection_aio.ReflectionServicer):
+    """Lists to each caller the services that he may call."""
+
+    def __init__(self) -> None:
+        names = (
+            *SERVICES,
+            health_pb2.DESCRIPTOR.services_by_name["Health"].full_name,
+            reflection.SERVICE_NAME,
+            _REFLECTION_V1,
+        )
+        super().__init__(names)
+        public = [name for name in names if name not in LOOPBACK_SERVICES]
+        self._for_others = reflection_aio.ReflectionServicer(public)
+
+    async def ServerReflectionInfo(  # type: ignore[override]  # its stub takes it for a coroutine
+        self, request_iterator: AsyncIterable[Any], context: Any
+    ) -> AsyncIterator[Any]:
+        answer: Any = self._for_others.ServerReflectionInfo
+        if is_local_peer(str(context.peer())):
+            answer = super().ServerReflectionInfo
+        async for response in answer(request_iterator, context):
+            yield response
+
+
 def _add_reflection(server: grpc.aio.Server) -> None:
     """Reflection under both of its names: old tools ask v1alpha, new ones v1.
 
     grpcio-reflection has v1alpha alone. The messages of both are the same on the wire, so
     one servicer answers both.
     """
-    names = (
-        *SERVICES,
-        health_pb2.DESCRIPTOR.services_by_name["Health"].full_name,
-        reflection.SERVICE_NAME,
-        _REFLECTION_V1,
-    )
-    servicer = reflection_aio.ReflectionServicer(names)
+    servicer = _Reflection()
     add_ServerReflectionServicer_to_server(servicer, server)
     handler = grpc.stream_stream_rpc_method_handler(
         servicer.ServerReflectionInfo,

@@ -21,6 +21,8 @@ SHARDS_ASKED = 8
 """Of how many shards all workers are asked at once how they use it. With more, each has its turn:
 64 shards and 32 workers would be 2,048 questions a second."""
 RESIDENTS_SHOWN = 12
+DRAINED = "drained"
+"""State of a shard that is up and takes no requests."""
 
 _UNUSED = Use(0, 0.0)
 
@@ -40,8 +42,11 @@ class ShardSight:
         loads, _ = await asyncio.gather(
             asyncio.gather(*map(_load, keepers)), self._ask(residencies, sights)
         )
+        drained = frozenset[str]()
+        if sights is not None and sights.shards is not None:
+            drained = sights.shards.pool.drained
         return [
-            self._status(keeper, load, residencies.get(keeper.name))
+            self._status(keeper, load, residencies.get(keeper.name), keeper.name in drained)
             for keeper, load in zip(keepers, loads, strict=True)
         ]
 
@@ -59,13 +64,13 @@ class ShardSight:
         self._uses.update(zip(asked, answers, strict=True))
 
     def _status(
-        self, keeper: ShardKeeper, load: Load | None, residency: Residency | None
+        self, keeper: ShardKeeper, load: Load | None, residency: Residency | None, drained: bool
     ) -> ShardStatus:
         places = [] if residency is None else residency.places()
         residents = _residents(places, self._uses.get(keeper.name, {}))
         return ShardStatus(
             name=keeper.name,
-            state=keeper.state.value,
+            state=DRAINED if drained and keeper.state is KeeperState.UP else keeper.state.value,
             since_s=keeper.since_s,
             reason=_reason(keeper),
             restarts=keeper.restarts,

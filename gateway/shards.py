@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Collection, Mapping, Sequence
 
 from engine.errors import EngineError, ShardUnavailable
 from engine.generation import ServedVersion, VersionKey
@@ -47,6 +48,8 @@ class Shards:
         self._versions = versions
         self._processes = processes
         self._view = view
+        self.routing = asyncio.Lock()
+        """Held by who changes where adapters belong, while copies are loaded for that."""
         self._tasks: asyncio.TaskGroup | None = None
         self._runs: dict[str, asyncio.Task[None]] = {}
         """Loads that run, by shard."""
@@ -89,22 +92,24 @@ class Shards:
         if self._tasks is not None:
             self._runs[shard.name] = self._tasks.create_task(residency.run())
 
-    async def warm(self, name: str) -> None:
-        """Load what belongs on a shard that is new, as far as it is in use. Raises
+    async def warm(self, name: str, used: Collection[VersionKey] = ()) -> None:
+        """Load what belongs on a shard that is new, as far as it has traffic or is `used`. Raises
         ShardUnavailable."""
         residency = self.residencies[name]
-        for key in self._belonging(name)[: self._places]:
+        for key in self._belonging(name, used)[: self._places]:
             try:
-                await residency.ensure(key)
+                # As used now, or what is loaded first would leave first where places are few.
+                await residency.ensure(key, time.monotonic())
             except ShardUnavailable:
                 raise
             except EngineError as error:  # the first request tries again
                 logger.warning("%s: %s is not loaded again: %s", name, key, error)
 
     def open(self, name: str) -> None:
-        """Send requests to this shard from now on."""
+        """Send requests to this shard from now on, unless it is drained."""
         self.pool.join(self._joined[name], self._residents[name])
-        self._lost.pop(name, None)
+        if name not in self.pool.drained:  # one that is drained was not warmed
+            self._lost.pop(name, None)
 
     def lose(self, name: str) -> None:
         """The core is gone, and what it had loaded."""
@@ -125,21 +130,31 @@ class Shards:
         self._processes.drop_own(name)
         metrics.observe_resident(name, 0)
 
-    def _belonging(self, name: str) -> list[VersionKey]:
-        """What has traffic and is at home on that shard, of all that it or another one had in use
-        lately: the others stood in for it."""
+    def order(self, key: VersionKey | None) -> tuple[str, ...]:
+        """All shards, in the adapter's order; by name for the base model."""
+        ring = self.pool.ring
+        return ring.shards if key is None else ring.ranked(AdapterKey(key.tenant, key.adapter))
+
+    def core(self, name: str) -> VllmShard | None:
+        """The host's client of a shard's core; None if it does not run."""
+        return self._joined.get(name)
+
+    def has_traffic(self, key: VersionKey) -> bool:
+        """Whether a traffic split has the version."""
+        served = self._view.tenants.get(key.tenant, {}).get(key.adapter)
+        return served is not None and any(arm.version == key.version for arm in served.split.arms)
+
+    def _belonging(self, name: str, used: Collection[VersionKey]) -> list[VersionKey]:
+        """What has traffic or is used, and is at home on that shard, of all that it or another one
+        has or had: the others stood in for it."""
         ring = self.pool.ring.with_state(name, ShardState.UP)
         elsewhere = [version.key for loaded in self.resident.values() for version in loaded]
         return [
             key
             for key in dict.fromkeys([*self._lost.get(name, ()), *elsewhere])
             if name in ring.replicas(AdapterKey(key.tenant, key.adapter))
-            and key.version in self._with_traffic(key)
+            and (key in used or self.has_traffic(key))
         ]
-
-    def _with_traffic(self, key: VersionKey) -> set[int]:
-        served = self._view.tenants.get(key.tenant, {}).get(key.adapter)
-        return set() if served is None else {arm.version for arm in served.split.arms}
 
     def want(self, shard: str, key: VersionKey) -> None:
         """A worker waits for this version on the shard."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 
 from engine.core import ClientSlot, EngineConfig
+from engine.errors import SlotsUsedUp
 from engine.shard import ModelInfo, VllmShard
 from gateway.keeper import Followers, KeeperState, ShardKeeper
 
@@ -23,9 +24,9 @@ class Supervisor:
         self._model: ModelInfo | None = None
 
     @property
-    def keepers(self) -> Collection[ShardKeeper]:
-        """Of all shards."""
-        return self._keepers.values()
+    def keepers(self) -> list[ShardKeeper]:
+        """One for each shard, in the order of their numbers."""
+        return list(self._keepers.values())
 
     @property
     def shards(self) -> list[VllmShard]:
@@ -82,9 +83,13 @@ class Supervisor:
             keeper.settled = True
 
     def take_slots(self) -> list[ClientSlot]:
-        """A fresh slot of each shard that is up, for a worker. Raises SlotsUsedUp."""
-        keepers = self._keepers.values()
-        return [keeper.take_slot() for keeper in keepers if keeper.state is KeeperState.UP]
+        """A fresh slot of each shard that is up, for a worker. One that has none left is renewed
+        soon, and offers itself then. Raises SlotsUsedUp if none of them has."""
+        up = [keeper for keeper in self._keepers.values() if keeper.state is KeeperState.UP]
+        fresh = [keeper for keeper in up if keeper.slots_left]
+        if up and not fresh:
+            raise SlotsUsedUp("all client slots of all shards are used up")
+        return [keeper.take_slot() for keeper in fresh]
 
     async def abort_client(self, slot: ClientSlot) -> int:
         """Abort what came through this slot, whose process is gone. Returns how many that were.

@@ -29,8 +29,10 @@ from gateway.channel import (
     Channel,
     Drain,
     Ended,
+    Explain,
     Failed,
     Flush,
+    FollowDrains,
     FollowPlan,
     HostMessage,
     Imported,
@@ -39,16 +41,19 @@ from gateway.channel import (
     LoadFailed,
     NameAdapters,
     Orders,
+    Placed,
     Question,
     Serving,
     ShardDied,
     ShardUp,
     ShowAdapter,
+    TellPlaced,
     TellUses,
     Used,
     Want,
     WorkerMessage,
 )
+from gateway.explanation import explain
 from gateway.inference import Inference
 from gateway.model_card import model_card
 from gateway.relay import Relay
@@ -107,17 +112,19 @@ class Worker:
         self._view = orders.view
         self._pool = ShardPool((), {}, self._view, orders.shards)
         self._pool.follow(orders.plan)
+        self._pool.drain(orders.drained)
         self._attachments = Attachments(
             self._pool,
             lambda shard, key: channel.send(Want(shard, key)),
             self._lost,
             settings.engine_stall_timeout_s,
         )
+        attached = 0
         for slot in orders.slots:
             shard = self._attachments.attach(slot, orders.resident[slot.shard])
             if shard is not None:
-                self._attachments.join(shard)
-        if orders.slots and not self._pool.is_open:
+                attached += self._attachments.join(shard)
+        if orders.slots and not attached:
             raise WorkerUnfit("no core answers")
         self._admission = Admission()
         self._tracing = Tracing(settings.otlp_endpoint)
@@ -217,6 +224,15 @@ class Worker:
             case FollowPlan(plan):
                 self._pool.follow(plan)
                 self._channel.send(Answer(ticket))
+            case FollowDrains(shards):
+                self._pool.drain(shards)
+                self._health_changed.set()
+                self._channel.send(Answer(ticket))
+            case TellPlaced():
+                placed = Placed(self._pool.in_flight, self._pool.placed)
+                self._channel.send(Answer(ticket, placed))
+            case Explain():
+                self._channel.send(Answer(ticket, explain(self._pool, question)))
             case Leave(shard, key):
                 residents = self._attachments.residents(shard)
                 if residents is None:  # the shard is gone, and the version with it

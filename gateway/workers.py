@@ -101,8 +101,7 @@ class WorkerFleet:
     async def run(self) -> None:
         """Keep the fleet at its number until it is drained.
 
-        Raises WorkerFailed if a worker cannot serve while none does, and SlotsUsedUp if no
-        slot is left for one then.
+        Raises WorkerFailed if a worker cannot serve while none does.
         """
         try:
             async with asyncio.TaskGroup() as tasks:
@@ -126,6 +125,10 @@ class WorkerFleet:
     def open(self) -> None:
         """Put workers to work as they become ready. The cores run from now on."""
         self._open = True
+        self._assign()
+
+    def fill(self) -> None:
+        """Put standbys to work for which there was no slot before."""
         self._assign()
 
     async def wait_serving(self) -> None:
@@ -284,13 +287,11 @@ class WorkerFleet:
             self._spawn()
 
     def _order(self, worker: WorkerProcess) -> bool:
-        """Put one worker to work. False if there is no slot for it, and others serve on."""
+        """Put one worker to work. False if there is no slot for it before a core is renewed."""
         try:
             orders = self._make_orders()
-        except SlotsUsedUp:
-            if not self._number(WorkerState.SERVING):
-                raise
-            logger.critical("no client slot is left; restart the gateway at a quiet moment")
+        except SlotsUsedUp as error:
+            logger.critical("%s; worker %d waits until a core is renewed", error, worker.pid)
             return False
         worker.slots = list(orders.slots)
         worker.channel.send(orders)

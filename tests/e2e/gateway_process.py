@@ -23,12 +23,19 @@ START_TIMEOUT_S = 240.0
 class GatewayProcess:
     """`gateway serve` in a process group of its own."""
 
-    def __init__(self, arguments: Sequence[str], state_dir: Path, log: Path) -> None:
+    def __init__(
+        self,
+        arguments: Sequence[str],
+        state_dir: Path,
+        log: Path,
+        program: Sequence[str] = ("-m", "gateway"),
+    ) -> None:
+        """`program` is what Python runs; it takes the arguments of `gateway`."""
         self._log = log
         self._output = log.open("w")
         self.process = subprocess.Popen(
             [
-                *(sys.executable, "-m", "gateway", "serve"),
+                *(sys.executable, *program, "serve"),
                 *("--state-dir", str(state_dir), "--listen", "127.0.0.1:0"),
                 *("--metrics-listen", "127.0.0.1:0", *arguments),
             ],
@@ -110,6 +117,7 @@ def gateway_process(
     workers: int = 1,
     adapters: Mapping[str, Path] | None = None,
     extra: Sequence[str] = (),
+    program: Sequence[str] = ("-m", "gateway"),
 ) -> Iterator[GatewayProcess]:
     """A gateway until the end of the block. The tiny model is served in float32, others as
     they are."""
@@ -118,7 +126,7 @@ def gateway_process(
     arguments += ["--workers", str(workers), *extra]
     for name, path in (adapters or {}).items():
         arguments += ["--adapter", f"{name}={path}"]
-    gateway = GatewayProcess(arguments, folder / "state", folder / "gateway.log")
+    gateway = GatewayProcess(arguments, folder / "state", folder / "gateway.log", program)
     try:
         gateway.wait_serving()
         yield gateway

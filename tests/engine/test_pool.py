@@ -11,7 +11,7 @@ from engine.fake import FakeShard
 from engine.generation import ServedVersion, VersionKey
 from engine.pool import Route, ServedAdapter, ServedView, ShardPool
 from engine.residents import Residents
-from engine.ring import AdapterKey, NoShardOpen, Plan, Reason, cap
+from engine.ring import AdapterKey, NoShardOpen, Plan, Reason, ShardState, cap
 from engine.split import Split
 from store.records import Arm
 
@@ -277,3 +277,65 @@ def test_the_homes_of_a_version_are_its_replicas() -> None:
     assert tuple(route.shard.name for route in pool.homes(hot)) == ranked[:2]
     assert all(route.key == hot for route in pool.homes(hot))
     assert len(pool.homes(cold)) == 1
+
+
+# --- shards that are drained -------------------------------------------------
+
+
+def three_shards() -> ShardPool:
+    shards = [FakeShard(f"shard-{number}") for number in range(3)]
+    residents = {shard.name: Residents(lambda key: None, nothing_in_core) for shard in shards}
+    return ShardPool(shards, residents, view())
+
+
+def test_a_drained_shard_gets_nothing_and_gets_it_all_back() -> None:
+    several = three_shards()
+    key = VersionKey("acme", "beta", 2)
+    home, second, _ = several.ring.ranked(AdapterKey("acme", "beta"))
+    several.drain([home])
+    assert several.drained == {home} and several.is_open
+    placed = several.route_to(key)
+    assert (placed.shard.name, placed.reason) == (second, Reason.FAILOVER)
+    assert [route.shard.name for route in several.homes(key)] == [second]
+    assert home not in {several.route_to(None).shard.name for _ in range(9)}
+    several.drain([])
+    assert several.route_to(key).shard.name == home
+
+
+def test_a_drain_outlives_the_core_and_comes_before_it() -> None:
+    several = three_shards()
+    home = several.ring.ranked(AdapterKey("acme", "beta"))[0]
+    residents = Residents(lambda key: None, nothing_in_core)
+    several.leave(home)
+    several.drain([home])
+    assert several.ring.states[home] is ShardState.DOWN
+    several.join(FakeShard(home), residents)
+    assert several.ring.states[home] is ShardState.DRAINING
+    several.drain([])
+    assert several.ring.states[home] is ShardState.UP
+
+
+def test_without_a_shard_that_is_not_drained_none_is_open() -> None:
+    several = three_shards()
+    several.drain(several.ring.shards)
+    assert not several.is_open
+    with pytest.raises(NoShardOpen):
+        several.route_to(None)
+
+
+def test_a_choice_places_nothing() -> None:
+    several = three_shards()
+    key = VersionKey("acme", "beta", 2)
+    choice = several.choose(key)
+    assert several.placed == 0 and set(several.in_flight.values()) == {0}
+    assert several.route_to(key).shard.name == choice.shard
+    assert several.placed == 1
+
+
+async def test_what_runs_on_a_drained_shard_goes_on_and_is_counted() -> None:
+    several = three_shards()
+    placed = several.route_to(None)
+    async with placed.lease():
+        several.drain([placed.shard.name])
+        assert several.in_flight[placed.shard.name] == 1
+    assert several.in_flight[placed.shard.name] == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 
 import pytest
 
@@ -77,6 +78,21 @@ async def test_what_no_request_ever_used_goes_first() -> None:
         await at.residency.ensure(B)
         await at.use(C)
         assert at.core.keys == {A, C}
+
+
+async def test_what_was_used_elsewhere_counts_as_used_then() -> None:
+    async with stage(3) as at:
+        begin_s = time.monotonic()
+        for key in (A, B):
+            await at.use(key)
+        await at.residency.ensure(C, begin_s - 1.0)
+        await at.use(D)
+        assert at.core.keys == {A, B, D}, "longer ago than both"
+        await at.residency.ensure(C, time.monotonic())
+        assert at.core.keys == {B, C, D}
+        assert at.residency.places_left == 0 and not at.residency.wanted()
+        await at.use(A)
+        assert at.core.keys == {A, C, D}, "later than B"
 
 
 async def test_an_idle_one_goes_before_a_busy_one_that_began_earlier() -> None:

@@ -88,6 +88,7 @@ async def start_fake_gateway(
     settings: Settings | None = None,
     tracing: Tracing | None = None,
     host: str | None = None,
+    listen: str = "127.0.0.1:0",
     ended: Callable[[Call, str, float], None] = metrics.record,
 ) -> FakeGateway:
     """An edge that serves the base model and adapter `alpha` version 3.
@@ -108,10 +109,10 @@ async def start_fake_gateway(
     edge = Edge(admission, tracing or Tracing(None), unary_deadline_s, stream_deadline_s, ended)
     relay = None if host is None else Relay(host, HOST_PATHS, edge)
     server = GatewayServer(edge, Inference(pool, admission, MODEL, labels), settings, relay)
-    port = server.bind("127.0.0.1:0", settings)
+    port = server.bind(listen, settings)
     await server.start()
     await server.health.serving()
-    address = f"127.0.0.1:{port}"
+    address = f"{listen.rpartition(':')[0]}:{port}"
     channel = grpc.aio.insecure_channel(address)
     stub = InferenceStub(channel)
     return FakeGateway(

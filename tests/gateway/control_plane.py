@@ -38,6 +38,7 @@ from engine.generation import (
 )
 from engine.rendering import RenderedPrompt
 from gateway.control import ControlPlane
+from gateway.keeper import Death, KeeperState
 from gateway.settings import Settings
 from gateway.worker_process import WorkerProcess
 from gateway.workers import WorkerFleet
@@ -113,6 +114,25 @@ class LoadableShard(FakeShard):
                 yield output
 
 
+class ScriptedKeeper:
+    """Tells of a shard what a test says, and has nothing to keep."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.state = KeeperState.UP
+        self.since_s = 1.5
+        self.last_death: Death | None = None
+        self.restarts = 0
+        self.next_start_s: float | None = None
+        self.slots_left = 61
+        self.renewed = 0
+        """How often it was asked to replace its core."""
+
+    async def renew(self) -> None:
+        self.renewed += 1
+        self.slots_left = 61
+
+
 @dataclass
 class Plane:
     """A control plane that runs, and what a test wants to look at."""
@@ -122,6 +142,7 @@ class Plane:
     shard: LoadableShard
     """The first one."""
     shards: dict[str, LoadableShard]
+    keepers: dict[str, ScriptedKeeper]
     gateway: FakeGateway
     stub: Stub
     sources: Path
@@ -228,14 +249,16 @@ async def control_plane(
         )
         await control.open()
         control.check_for(model, modules or BaseModules({}), SERVED, "bfloat16")
-        control.serve_on(engine_side)
+        kept: Any = [ScriptedKeeper(shard.name) for shard in all_shards]
+        control.serve_on(engine_side, kept)
         running = asyncio.create_task(control.run())
         await control.serve()
         gateway = await start_fake_gateway(Script(), host=control.address)
         try:
             stub: Stub = AdaptersStub(gateway.channel)
             by_name = {shard.name: shard for shard in all_shards}
-            yield Plane(control, registry, shard, by_name, gateway, stub, sources)
+            keepers = {keeper.name: keeper for keeper in kept}
+            yield Plane(control, registry, shard, by_name, keepers, gateway, stub, sources)
         finally:
             await gateway.close()
             await control.close()

@@ -29,9 +29,12 @@ from gateway.admission import Draining, Overloaded
 from gateway.exceptions import (
     ControlPlaneUnavailable,
     DefaultDeadlineExceeded,
+    LastOpenShard,
+    LoopbackOnly,
     MalformedMessage,
     RequestNotFound,
     SequenceUnknown,
+    ShardUnknown,
 )
 from store.job_records import (
     DatasetExists,
@@ -170,6 +173,9 @@ SAMPLES: dict[str, list[Exception]] = {
     "UPLOAD_INCOMPLETE": [UploadIncomplete("night-1", 512)],
     "REQUEST_NOT_FOUND": [RequestNotFound("r-1")],
     "SEQUENCE_UNKNOWN": [SequenceUnknown(42)],
+    "SHARD_NOT_FOUND": [ShardUnknown("shard-9", ["shard-0", "shard-1"])],
+    "LAST_OPEN_SHARD": [LastOpenShard("shard-0")],
+    "LOOPBACK_ONLY": [LoopbackOnly("lora_gateway.v1.Admin")],
     "DATASET_NOT_FOUND": [DatasetUnknown("faq")],
     "DATASET_EXISTS": [DatasetExists("faq")],
     "DATASET_INVALID": [

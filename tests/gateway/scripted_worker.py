@@ -154,4 +154,5 @@ def orders() -> Orders:
         resident={},
         plan=NO_REPLICAS,
         named=frozenset(),
+        drained=frozenset(),
     )

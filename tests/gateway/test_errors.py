@@ -39,6 +39,7 @@ from gateway.exceptions import (
     DefaultDeadlineExceeded,
     Relayed,
     RequestNotFound,
+    ShardUnknown,
 )
 from lora_gateway.v1 import inference_pb2 as pb
 from lora_gateway.v1.errors_pb2 import ErrorReason
@@ -182,6 +183,7 @@ async def test_what_cuts_a_stream_tells_the_tokens_that_were_sent(
         (UploadIdReused("night-1"), "request", "night-1"),
         (UploadUnknown("night-1"), "upload", "night-1"),
         (RequestNotFound("r-1"), "request", "r-1"),
+        (ShardUnknown("shard-9", ["shard-0"]), "shard", "shard-9"),
     ],
 )
 async def test_what_was_not_found_is_named(

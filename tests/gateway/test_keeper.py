@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import nullcontext
 from typing import Any
@@ -23,6 +24,7 @@ REBUILDING, WARMING, STOPPED = KeeperState.REBUILDING, KeeperState.WARMING, Keep
 ALLOWED = {
     (STARTING, UP),
     *itertools.pairwise((UP, DEAD, REBUILDING, WARMING, UP)),
+    (UP, REBUILDING),
     (REBUILDING, DEAD),
     (WARMING, DEAD),
     *((state, STOPPED) for state in KeeperState if state is not STOPPED),
@@ -298,6 +300,70 @@ async def test_slots_of_a_core_that_is_gone_abort_nothing(stage: Stage) -> None:
     core.died.set()
     await stage.until(UP, 2)
     assert await stage.keeper.abort_client(slot) == 0, "another worker may have that number now"
+
+
+async def test_a_core_is_renewed_in_order_and_that_is_no_death(stage: Stage) -> None:
+    before = value(metrics.shard_restarts, "renewed")
+    (core,) = stage.cores
+    stage.may_prepare.clear()
+    renewing = asyncio.create_task(stage.keeper.renew())
+    await stage.until(WARMING, 2)
+    assert core.ends == ["in order"] and core.shard.called[-1] == "gateway_stop"
+    assert core.shard.closed and core.shard.dead.is_set()
+    await asyncio.sleep(0)
+    assert stage.told == ["lost rebuilding", "prepares warming"] and not renewing.done()
+    stage.may_prepare.set()
+    await asyncio.wait_for(renewing, TIMEOUT_S)
+    assert (stage.keeper.state, stage.told[2:]) == (UP, ["admitted up"])
+    assert value(metrics.shard_restarts, "renewed") == before + 1
+    assert stage.keeper.last_death is None and stage.keeper.restarts == 1
+    await asyncio.sleep(0.02)
+    assert len(stage.cores) == 2, "it is renewed once"
+
+
+async def test_a_core_that_is_not_renewed_is_started_until_it_is_up(stage: Stage) -> None:
+    stage.planned = [CoreFailed("no memory")]
+    await asyncio.wait_for(stage.keeper.renew(), TIMEOUT_S)
+    assert (stage.keeper.state, stage.keeper.restarts) == (UP, 2)
+    assert stage.keeper.last_death is not None
+    assert stage.keeper.last_death.reason == "could not be started again: no memory"
+    assert stage.told == ["lost rebuilding", "lost dead", "prepares warming", "admitted up"]
+
+
+async def test_renewals_open_no_breaker(stage: Stage) -> None:
+    for _ in range(5):
+        await asyncio.wait_for(stage.keeper.renew(), TIMEOUT_S)
+    stage.cores[-1].died.set()
+    await stage.until(UP, 7)
+    assert stage.keeper.next_start_s is None
+
+
+async def test_a_core_that_dies_instead_is_as_good_as_renewed(stage: Stage) -> None:
+    stage.may_prepare.clear()
+    stage.cores[0].died.set()
+    await stage.until(WARMING, 2)
+    renewing = asyncio.create_task(stage.keeper.renew())
+    await asyncio.sleep(0)
+    stage.may_prepare.set()
+    await asyncio.wait_for(renewing, TIMEOUT_S)
+    await asyncio.sleep(0.02)
+    assert (stage.keeper.state, len(stage.cores)) == (UP, 2)
+
+
+async def test_a_death_is_told_and_so_is_a_wait(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage.cores[0].died.set()
+    await stage.until(UP, 2)
+    assert stage.keeper.last_death is not None
+    assert stage.keeper.last_death.reason == "killed by SIGKILL"
+    for count in (2, 3):
+        stage.cores[-1].died.set()
+        await stage.until(UP if count == 2 else DEAD, min(count + 1, 3))
+    async with asyncio.timeout(TIMEOUT_S):
+        while stage.keeper.next_start_s is None:
+            await asyncio.sleep(0)
+    assert 0 < stage.keeper.next_start_s - time.time() <= 1.0, "the breaker is open"
 
 
 async def test_before_the_gateway_serves_a_death_ends_it(

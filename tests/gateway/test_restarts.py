@@ -66,3 +66,13 @@ def test_long_loads_between_deaths_do_not_close_the_breaker(clock: Clock) -> Non
         restarts.up()
         clock.now_s += 1.0
         assert restarts.died() > 1.0
+
+
+def test_a_core_that_was_renewed_goes_on_with_the_life_of_the_one_before(clock: Clock) -> None:
+    restarts = Restarts(clock)
+    deaths(restarts, clock, 6, 1.0)
+    restarts.up()
+    clock.now_s += WITHIN_S - 1
+    restarts.up()
+    clock.now_s += 1
+    assert restarts.died() == 0.0 and not restarts.breaker_open

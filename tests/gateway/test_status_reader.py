@@ -164,6 +164,15 @@ async def test_a_dead_shard_is_told_with_its_reason_until_it_is_up(sight: Sight)
     assert (await sight.shard()).reason == ""
 
 
+async def test_a_shard_that_is_up_and_drained_is_told_so(sight: Sight) -> None:
+    (keeper,) = sight.keepers
+    assert sight.plane.control.sights.shards is not None
+    sight.plane.control.sights.shards.pool.drain([keeper.name])
+    assert (await sight.shard()).state == "drained"
+    keeper.state, keeper.shard = KeeperState.REBUILDING, None
+    assert (await sight.shard()).state == "rebuilding", "that says more"
+
+
 async def test_arms_are_told_with_how_they_did_in_the_last_minute(sight: Sight) -> None:
     for _ in range(2):
         await sight.plane.ready()
@@ -274,7 +283,10 @@ async def test_workers_are_asked_about_a_few_shards_at_once_and_about_all_in_tur
     counts = Counts()
 
     sights = SimpleNamespace(
-        processes=counts, shards=SimpleNamespace(residencies=dict.fromkeys(names, EMPTY))
+        processes=counts,
+        shards=SimpleNamespace(
+            residencies=dict.fromkeys(names, EMPTY), pool=SimpleNamespace(drained=frozenset())
+        ),
     )
     sight = ShardSight()
     keepers = [keeper_of(shard) for shard in shards]

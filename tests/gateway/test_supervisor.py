@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from engine.errors import CoreFailed
+from engine.errors import CoreFailed, SlotsUsedUp
 from gateway import supervisor as module
 from gateway.keeper import KeeperState
 from gateway.supervisor import Supervisor
@@ -30,6 +30,8 @@ class FakeKeeper:
         self._log = log
         self._fails = fails
 
+        self.slots_left = 2
+
     async def start(self, config: Any = None) -> None:
         self.config = config
         self._log.append(f"{self.name} starts")
@@ -48,6 +50,7 @@ class FakeKeeper:
         raise CoreFailed(f"{self.name} ended")
 
     def take_slot(self) -> Any:
+        self.slots_left -= 1
         return f"slot of {self.name}"
 
     async def abort_client(self, slot: Any) -> int:
@@ -94,6 +97,15 @@ async def test_the_first_starts_alone_and_the_others_beside_each_other(
         "slot of shard_3",
     ]
     assert len(supervisor.shards) == 3
+    first.slots_left = 1
+    assert [*map(str, supervisor.take_slots())] == ["slot of shard_0"], (
+        "the others offer themselves renewed"
+    )
+    with pytest.raises(SlotsUsedUp):
+        supervisor.take_slots()
+    for keeper in all_of_them:
+        keeper.state = KeeperState.DEAD
+    assert not supervisor.take_slots(), "each offers itself when it is up"
     supervisor.settle()
     assert all(keeper.settled for keeper in all_of_them)
 

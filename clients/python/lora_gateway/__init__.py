@@ -6,6 +6,7 @@ client, its streams and its errors.
 
 from lora_gateway._resumable_upload import UploadProgress
 from lora_gateway.adapters import AdaptersClient
+from lora_gateway.admin import AdminClient
 from lora_gateway.client import GatewayClient
 from lora_gateway.errors import (
     Conflict,
@@ -54,6 +55,23 @@ from lora_gateway.v1.adapters_pb2 import (
     ValidateAdapterResponse,
     VersionScore,
     VersionState,
+)
+from lora_gateway.v1.admin_pb2 import (
+    DrainPhase,
+    DrainShardResponse,
+    ExplainRouteResponse,
+    MovedVersion,
+    ResidentVersion,
+    RouteCandidate,
+    RouteReason,
+    RouteShard,
+    Shard,
+    ShardDeath,
+    ShardDrain,
+    ShardLoad,
+    ShardState,
+    VersionReason,
+    WorkerRoute,
 )
 from lora_gateway.v1.errors_pb2 import ErrorReason
 from lora_gateway.v1.inference_pb2 import (
@@ -130,6 +148,7 @@ __all__ = [
     "AdapterVersion",
     "AdapterWatch",
     "AdaptersClient",
+    "AdminClient",
     "ArmDifference",
     "ArmReport",
     "Backend",
@@ -147,6 +166,8 @@ __all__ = [
     "DatasetFormat",
     "DatasetReport",
     "DeadlineExceeded",
+    "DrainPhase",
+    "DrainShardResponse",
     "ErrorReason",
     "Estimate",
     "Evaluation",
@@ -156,6 +177,7 @@ __all__ = [
     "EvaluationResult",
     "EvaluationSummary",
     "EventKind",
+    "ExplainRouteResponse",
     "FailedPrecondition",
     "FeedbackReport",
     "FinishReason",
@@ -195,6 +217,7 @@ __all__ = [
     "ModelDefaults",
     "ModelFingerprints",
     "ModelLimits",
+    "MovedVersion",
     "NotFound",
     "Notice",
     "Optimizer",
@@ -215,12 +238,21 @@ __all__ = [
     "RecordFeedbackResponse",
     "RepetitionDetection",
     "Residency",
+    "ResidentVersion",
+    "RouteCandidate",
+    "RouteReason",
+    "RouteShard",
     "SamplingKeywords",
     "SamplingParams",
     "Score",
     "ScoreDifference",
     "Scorer",
     "ServedBy",
+    "Shard",
+    "ShardDeath",
+    "ShardDrain",
+    "ShardLoad",
+    "ShardState",
     "StateChanged",
     "StructuredOutputs",
     "Timings",
@@ -234,7 +266,9 @@ __all__ = [
     "UploadProgress",
     "Usage",
     "ValidateAdapterResponse",
+    "VersionReason",
     "VersionScore",
     "VersionState",
     "Violation",
+    "WorkerRoute",
 ]

@@ -50,6 +50,7 @@ _RETRIED_METHODS = {
         "PublishCheckpoint",
         "GetCapabilities",
     ),
+    "Admin": ("ListShards", "DrainShard", "ResumeShard", "ExplainRoute"),
 }
 _SERVICE_CONFIG = {
     "methodConfig": [

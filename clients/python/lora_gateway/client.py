@@ -13,6 +13,7 @@ import grpc.aio
 from lora_gateway._calls import Calls, Metadata
 from lora_gateway._channel import open_channel
 from lora_gateway.adapters import AdaptersClient
+from lora_gateway.admin import AdminClient
 from lora_gateway.prompt import ChatTurn, Prompt, chat, prompt_field
 from lora_gateway.sampling import SamplingKeywords, sampling_params
 from lora_gateway.stream import GenerationStream
@@ -92,6 +93,8 @@ class GatewayClient:
         """Everything about adapters, on the same connection."""
         self.training = TrainingClient(self._channel, self._calls)
         """Everything about datasets and jobs, on the same connection."""
+        self.admin = AdminClient(self._channel, self._calls)
+        """Shards, for callers on the gateway's machine, on the same connection."""
 
     async def generate(
         self,

@@ -263,6 +263,21 @@ class _ErrorReasonEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._En
     library; the message names it, and GetJobLogs has the rest.
     Only in `Job.error`. Metadata: `attempt`.
     """
+    ERROR_REASON_SHARD_NOT_FOUND: _ErrorReason.ValueType  # 70
+    """ERROR_REASON_SHARD_NOT_FOUND: no shard of that name. ListShards lists them.
+    Code NOT_FOUND with ResourceInfo. Metadata: `shard`.
+    """
+    ERROR_REASON_LAST_OPEN_SHARD: _ErrorReason.ValueType  # 71
+    """ERROR_REASON_LAST_OPEN_SHARD: no other shard takes requests, so this one
+    cannot be drained. Resume another one, wait until one is up, or stop the
+    gateway, which drains it whole.
+    Code FAILED_PRECONDITION. Metadata: `shard`.
+    """
+    ERROR_REASON_LOOPBACK_ONLY: _ErrorReason.ValueType  # 72
+    """ERROR_REASON_LOOPBACK_ONLY: the service is answered to callers on the
+    gateway's own machine alone. Call it there, by a loopback address.
+    Code PERMISSION_DENIED. Metadata: `service`.
+    """
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """ErrorReason is the catalogue of errors that the gateway's own code answers.
@@ -523,5 +538,20 @@ ERROR_REASON_TRAINER_FAILED: ErrorReason.ValueType  # 66
 """ERROR_REASON_TRAINER_FAILED: the training process ended with an error of a
 library; the message names it, and GetJobLogs has the rest.
 Only in `Job.error`. Metadata: `attempt`.
+"""
+ERROR_REASON_SHARD_NOT_FOUND: ErrorReason.ValueType  # 70
+"""ERROR_REASON_SHARD_NOT_FOUND: no shard of that name. ListShards lists them.
+Code NOT_FOUND with ResourceInfo. Metadata: `shard`.
+"""
+ERROR_REASON_LAST_OPEN_SHARD: ErrorReason.ValueType  # 71
+"""ERROR_REASON_LAST_OPEN_SHARD: no other shard takes requests, so this one
+cannot be drained. Resume another one, wait until one is up, or stop the
+gateway, which drains it whole.
+Code FAILED_PRECONDITION. Metadata: `shard`.
+"""
+ERROR_REASON_LOOPBACK_ONLY: ErrorReason.ValueType  # 72
+"""ERROR_REASON_LOOPBACK_ONLY: the service is answered to callers on the
+gateway's own machine alone. Call it there, by a loopback address.
+Code PERMISSION_DENIED. Metadata: `service`.
 """
 Global___ErrorReason: typing_extensions.TypeAlias = ErrorReason
