@@ -13,18 +13,23 @@ from __future__ import annotations
 
 import asyncio
 import enum
+import itertools
 import logging
 import os
 import time
 from collections import deque
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from engine.core import ClientSlot, EngineConfig, EngineCore, EngineOptions, Environment
+from engine.core_death import CoreDeath
 from engine.errors import CoreFailed, ShardUnavailable
+from engine.screening import Screening
 from engine.shard import VllmShard
 from gateway import metrics
+from gateway.inquest import inquest
 from gateway.restarts import Restarts
 
 logger = logging.getLogger(__name__)
@@ -91,7 +96,7 @@ NOTES_KEPT = 8
 class Followers(Protocol):
     """All who use a shard, and follow its fate."""
 
-    def lose(self, shard: str) -> None:
+    def lose(self, shard: str, death: CoreDeath) -> None:
         """The core is dead: nobody uses it any more, and whoever waits for it is told."""
 
     async def prepare(self, shard: VllmShard) -> None:
@@ -111,12 +116,15 @@ class ShardKeeper:
         options: EngineOptions,
         environment: Environment,
         stall_timeout_s: float,
+        run_dir: Path,
+        screening: Screening,
         restarts: Restarts | None = None,
     ) -> None:
-        """Cores are started in this `environment`. One that does not answer for
-        `stall_timeout_s` is killed."""
+        """Cores are started in this `environment`, and write down their steps in `run_dir`. One
+        that does not answer for `stall_timeout_s` is killed. `screening` is the host's own."""
         for cause in Cause:
             metrics.shard_restarts.labels(name, cause.value)  # from 0, so that growth is seen
+        metrics.crash_suspects.labels(name)
         self.name = name
         self.state = KeeperState.STARTING
         self.since_s = time.time()
@@ -135,7 +143,13 @@ class ShardKeeper:
         self._options = options
         self._environment = environment
         self._stall_timeout_s = stall_timeout_s
+        self._run_dir = run_dir
+        self._screening = screening
         self._restarts = restarts or Restarts()
+        self._incarnations = itertools.count()
+        self._records: list[Path] = []
+        """Where the last two cores wrote down their steps. Workers may still read of the one that
+        has died when the next one starts."""
         self._core: EngineCore | None = None
         self._renewal: asyncio.Future[None] | None = None
         """Done when the core that was to be renewed is replaced."""
@@ -239,17 +253,27 @@ class ShardKeeper:
         """Start a core, drive it, and generate one token. Raises CoreFailed, ShardUnavailable."""
         if config is None:
             config = await asyncio.to_thread(self._options.build_config)
-        self._core = core = await EngineCore.start(self.name, config, self._environment)
-        self.shard = shard = VllmShard.attach(core.take_slot())
+        record_path = self._next_record()
+        core = await EngineCore.start(self.name, config, record_path, self._environment)
+        self._core = core
+        self.shard = shard = VllmShard.attach(core.take_slot(), self._screening)
 
         async def try_out() -> None:
             pids = await shard.call_core("gateway_adopt", os.getpid())
             core.adopt(pids)
+            await shard.call_core("gateway_record", str(record_path))
             await shard.warm_up()
             logger.info("%s runs in process %d", self.name, pids[0])
 
         await self._unless_dead(try_out())
         return shard
+
+    def _next_record(self) -> Path:
+        """A place for the steps of the next core."""
+        if len(self._records) == 2:
+            self._records.pop(0).unlink(missing_ok=True)
+        self._records.append(self._run_dir / f"{self.name}-{next(self._incarnations)}.steps")
+        return self._records[-1]
 
     async def _death(self) -> Cause:
         """Wait until the core has ended, or has not answered for too long."""
@@ -290,31 +314,32 @@ class ShardKeeper:
 
     async def _bury(self, followers: Followers, cause: Cause) -> str:
         """Tell all, and end what is left of the core. Returns how it ended, for people."""
-        followers.lose(self.name)
         shard, self.shard = self.shard, None
         core, self._core = self._core, None
+        death = CoreDeath("it did not start")
+        if core is not None:
+            stalled_s = self._stall_timeout_s if cause is Cause.STALLED else None
+            death = await inquest(core, shard, stalled_s)
+        followers.lose(self.name, death)
         if shard is not None:
-            shard.declare_dead()
-        reason = f"did not answer for {self._stall_timeout_s:g} s, and was killed"
+            shard.declare_dead(death.crashed)
         if cause is Cause.STALLED:
             logger.error("%s has not answered for %g s: killed", self.name, self._stall_timeout_s)
         if core is not None:
-            if cause is Cause.DIED:
-                reason = await asyncio.to_thread(core.exit_reason)
             await core.stop()
         if shard is not None:
             shard.close()
-        return reason
+        return death.reason
 
     async def _renew(self, followers: Followers) -> None:
         """End the core in order, and start another one."""
         self.move(KeeperState.REBUILDING)  # nobody takes a slot of it any more
-        followers.lose(self.name)
+        followers.lose(self.name, CoreDeath("it is renewed"))
         shard, core = self.shard, self._core
         assert shard is not None and core is not None
         await core.stop(self._ask_to_stop)
         self.shard = self._core = None
-        shard.declare_dead()
+        shard.declare_dead(crashed=False)
         shard.close()
         if not await self._start_again(followers, Cause.RENEWED):
             await self._replace(followers, Cause.START_FAILED)

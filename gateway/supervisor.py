@@ -7,7 +7,8 @@ from collections.abc import Iterable
 
 from engine.core import ClientSlot, EngineConfig
 from engine.errors import SlotsUsedUp
-from engine.shard import ModelInfo, VllmShard
+from engine.model_info import ModelInfo
+from engine.shard import VllmShard
 from gateway.keeper import Followers, KeeperState, ShardKeeper
 
 STARTS_AT_ONCE = 8

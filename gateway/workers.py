@@ -16,6 +16,7 @@ from typing import Any
 from engine.errors import SlotsUsedUp
 from gateway import metrics
 from gateway.channel import (
+    Acquitted,
     Answer,
     Ask,
     Drain,
@@ -262,7 +263,7 @@ class WorkerFleet:
                     if (question := self._questions.get(ticket)) is not None:
                         question.answer(worker, value)
                     continue
-                case Want() | Ended() | Used():
+                case Want() | Ended() | Used() | Acquitted():
                     self._hear(message)
                     continue
             self._assign()

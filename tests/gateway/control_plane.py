@@ -25,6 +25,7 @@ import engine.intake
 import engine.processors
 from engine.adapters import AdapterFacts
 from engine.base_model import BaseModules, ModelFingerprints
+from engine.core_death import CoreDeath
 from engine.errors import AdapterInvalid, GenerationFailed
 from engine.fake import FakeShard, Script
 from engine.generation import (
@@ -53,6 +54,7 @@ TENANT = "default"
 SERVED = ModelFingerprints("c" * 64, "w" * 64, "t" * 64, "")
 WEIGHTS = bytes(range(256)) * 64
 """Of an adapter: 16 KiB."""
+KILLED = CoreDeath("killed by SIGKILL")
 TIMEOUT_S = 10.0
 
 Stub: TypeAlias = Any
