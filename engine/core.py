@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from engine.core_death import is_stopped
 from engine.errors import CoreFailed, SlotsUsedUp
 from engine.signals import group_signals_blocked
 
@@ -117,6 +118,8 @@ class ClientSlot:
     input_listener: socket.socket
     output_listener: socket.socket
     config: VllmConfig
+    record_path: Path
+    """Where the core writes down what it computes."""
 
     def client_addresses(self) -> dict[str, Any]:
         """As `AsyncLLM(client_addresses=...)` wants them (vllm/v1/engine/core_client.py:630)."""
@@ -142,31 +145,36 @@ class EngineCore:
         config: VllmConfig,
         listeners: EngineZmqListeners,
         processes: CoreEngineProcManager,
+        record_path: Path,
     ) -> None:
         self.name = name
+        self.record_path = record_path
+        """Where it writes down what it computes, once it is told to."""
         self.config = config
         self._listeners: EngineZmqListeners | None = listeners
         self._processes = processes
         self._next_slot = 0
-        self._tree: list[int] = []
-        """Descriptors of its processes, which stay theirs when the pids are used again."""
+        self._tree: dict[int, int] = {}
+        """Descriptors of its processes by their pids, which others may have later."""
 
     @classmethod
     async def start(
         cls,
         name: str,
         config: VllmConfig,
+        record_path: Path,
         environment: Environment = contextlib.nullcontext,
         started: Started = ignore,
     ) -> EngineCore:
         """Start a core, in this environment, and wait until its model is loaded. `started` is
         called in a thread, before that.
 
-        Raises CoreFailed if the process ends while loading. Cancelled, it ends the process.
+        It is told by `gateway_record` to write down its steps at `record_path`. Raises CoreFailed
+        if the process ends while loading. Cancelled, it ends the process.
         """
         spawned: list[CoreEngineProcManager] = []
         starting = asyncio.ensure_future(
-            asyncio.to_thread(cls._start, name, config, environment, started, spawned)
+            asyncio.to_thread(cls._start, name, config, record_path, environment, started, spawned)
         )
         try:
             return await asyncio.shield(starting)
@@ -185,6 +193,7 @@ class EngineCore:
         cls,
         name: str,
         config: VllmConfig,
+        record_path: Path,
         environment: Environment,
         started: Started,
         spawned: list[CoreEngineProcManager],
@@ -214,7 +223,7 @@ class EngineCore:
             raise CoreFailed(
                 f"{name} did not start; the cause stands in the log lines above"
             ) from error
-        return cls(name, config, listeners, launch.engine_manager)
+        return cls(name, config, listeners, launch.engine_manager, record_path)
 
     @property
     def pids(self) -> list[int]:
@@ -230,11 +239,11 @@ class EngineCore:
         """Know these as processes of the core, those that compute for it among them."""
         for pid in pids:
             with contextlib.suppress(ProcessLookupError):
-                self._tree.append(os.pidfd_open(pid))
+                self._tree[pid] = os.pidfd_open(pid)
 
     def kill(self) -> None:
         """End all processes of the core at once, also if they are stopped."""
-        for descriptor in self._tree:
+        for descriptor in self._tree.values():
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(descriptor, signal.SIGKILL)
         for process in self._processes.processes:
@@ -263,6 +272,7 @@ class EngineCore:
             input_listener=inputs.socket,
             output_listener=outputs.socket,
             config=self.config,
+            record_path=self.record_path,
         )
 
     async def ended(self) -> None:
@@ -283,17 +293,20 @@ class EngineCore:
             return False
         return self._listeners.inputs[slot.index].address == slot.input_address
 
-    def exit_reason(self) -> str:
-        """How the core ended, for people. Blocks for a moment; to be called when it has."""
-        for process in self._processes.processes:
-            process.join(1.0)  # its pipe closes a little before it can be waited for
-        ended = [process for process in self._processes.processes if not process.is_alive()]
-        if not ended:
-            return "it failed, and did not exit"
-        code = ended[0].exitcode
-        if code is not None and code < 0:
-            return f"killed by {signal.Signals(-code).name}"
-        return f"exit code {code}"
+    async def exit_code(self) -> int | None:
+        """How it ended, as `multiprocessing` has it; None if it has not within a second."""
+        for _ in range(100):
+            # Its pipe closes a little before it can be waited for.
+            for process in self._processes.processes:
+                if process.exitcode is not None:
+                    return process.exitcode
+            await asyncio.sleep(0.01)
+        return None
+
+    @property
+    def is_stopped(self) -> bool:
+        """Whether somebody has stopped one of its processes, so that it cannot go on."""
+        return any(map(is_stopped, {*self._tree, *self.pids}))
 
     async def stop(self, request_stop: Callable[[], Any] | None = None) -> None:
         """End the core: by `request_stop` (its own shutdown call) if given, else by a kill.
@@ -316,7 +329,7 @@ class EngineCore:
         self.kill()  # those that computed for it, if it could not end them
         self._processes.shutdown(timeout=0)
         while self._tree:
-            os.close(self._tree.pop())
+            os.close(self._tree.popitem()[1])
         if self._listeners is not None:
             self._listeners.cleanup()
             self._listeners = None  # its finalizer must not run at interpreter exit

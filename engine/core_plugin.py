@@ -19,6 +19,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 PARENT_POLL_S = 0.5
@@ -37,6 +38,7 @@ def register() -> None:
 
     for utility in (
         gateway_adopt,
+        gateway_record,
         gateway_abort_client,
         gateway_requests_of,
         gateway_load,
@@ -65,6 +67,13 @@ def gateway_adopt(self: Any, host_pid: int) -> list[int]:
 
     threading.Thread(target=watch, name="gateway-parent-watch", daemon=True).start()
     return [os.getpid(), *(child.pid or 0 for child in multiprocessing.active_children())]
+
+
+def gateway_record(self: Any, path: str) -> None:
+    """Write down each step in this file from now on, for whoever asks why this core died."""
+    from engine.step_recorder import StepRecorder
+
+    StepRecorder(self, Path(path))
 
 
 def gateway_abort_client(self: Any, client_index: int) -> int:

@@ -8,7 +8,8 @@
     │   ├── PromptMissing
     │   ├── PromptTooLong
     │   ├── InvalidStructuredOutput
-    │   └── ChatTemplateRefused
+    │   ├── ChatTemplateRefused
+    │   └── PoisonRequest        it crashed an engine twice
     ├── ChatTemplateMissing      the base model has no chat template
     ├── AdapterInvalid           refused by validation
     │   ├── ProbeFailed          refused for its answers in the engine
@@ -18,6 +19,7 @@
     │   └── VersionNotFound
     ├── AdapterNotReady          it exists, and cannot answer
     ├── AdapterLoadFailed        it is READY, and could not be loaded
+    ├── AdapterQuarantined       it is READY, and crashed an engine twice
     ├── ShardUnavailable         the engine died, or aborted the request unasked
     └── GenerationFailed         the engine failed this one request
 
@@ -30,6 +32,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from itertools import islice
 
 
@@ -98,6 +101,27 @@ class InvalidStructuredOutput(InvalidRequest):
 
 class ChatTemplateRefused(InvalidRequest):
     """The model's chat template raised on these messages."""
+
+
+def _moment(time_s: float) -> str:
+    """RFC 3339, to the second."""
+    return datetime.fromtimestamp(time_s, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+class PoisonRequest(InvalidRequest):
+    """An engine crashed twice while it computed this request."""
+
+    def __init__(self, fingerprint: int, until_s: float) -> None:
+        """`until_s` is in seconds since the epoch."""
+        self.until = _moment(until_s)
+        super().__init__(
+            Violation(
+                "prompt",
+                "an engine crashed twice while it computed this request; it is refused until "
+                f"{self.until}; send another prompt or other sampling, and tell the operator",
+            ),
+            metadata={"fingerprint": f"{fingerprint:016x}", "until": self.until},
+        )
 
 
 class ChatTemplateMissing(EngineError):
@@ -204,12 +228,38 @@ class AdapterLoadFailed(EngineError):
         self.fault = fault
 
 
+class AdapterQuarantined(EngineError):
+    """An engine crashed twice on requests of this version. Other versions are not touched."""
+
+    def __init__(self, adapter: str, version: int, until_s: float, left_s: float) -> None:
+        """`until_s` is in seconds since the epoch, which is in `left_s`."""
+        self.until = _moment(until_s)
+        super().__init__(
+            f"an engine crashed twice on requests of version {version} of adapter {adapter!r}; it "
+            f"is refused until {self.until}; name another version, or roll the adapter back"
+        )
+        self.adapter = adapter
+        self.version = version
+        self.left_s = left_s
+
+
+class CrashPart(enum.Enum):
+    """What a request has to do with its engine's death."""
+
+    NONE = "none"
+    SUSPECT = "suspect"
+    """It was computed, among others, when the engine crashed."""
+    ALONE = "alone"
+    """Nothing else was, or nothing else that was new to the engine."""
+
+
 class ShardUnavailable(EngineError):
     """The engine that runs or should run the request is dead, or aborted it unasked."""
 
-    def __init__(self, shard: str) -> None:
+    def __init__(self, shard: str, part: CrashPart = CrashPart.NONE) -> None:
         super().__init__(f"{shard} is not available; retry")
         self.shard = shard
+        self.part = part
 
 
 class GenerationFailed(EngineError):

@@ -11,7 +11,7 @@ import time
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 
-from engine.errors import PromptMissing, ShardUnavailable, Violation
+from engine.errors import CrashPart, PromptMissing, ShardUnavailable, Violation
 from engine.generation import (
     Chat,
     Delta,
@@ -33,6 +33,8 @@ class Script:
     """Pause before each token; 0 still yields to the event loop."""
     dies_after_tokens: int | None = None
     """Each request ends with ShardUnavailable after this many tokens."""
+    crash_part: CrashPart = CrashPart.NONE
+    """What its requests have to do with that."""
 
 
 class FakeShard:
@@ -79,7 +81,7 @@ class FakeShard:
             for token_id in range(count):
                 await asyncio.sleep(self._script.token_interval_s)
                 if token_id == self._script.dies_after_tokens:
-                    raise ShardUnavailable(self._name)
+                    raise ShardUnavailable(self._name, self._script.crash_part)
                 gathered.append(token_id)
                 finished = token_id == count - 1
                 if request.stream or finished:

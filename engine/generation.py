@@ -74,7 +74,12 @@ class ServedVersion:
     @property
     def lora_name(self) -> str:
         """vLLM compares adapters by this name alone (vllm/lora/request.py:56)."""
-        return f"{self.tenant}/{self.adapter}@{self.version}"
+        return lora_name_of(self.key)
+
+
+def lora_name_of(key: VersionKey) -> str:
+    """The name of a version to vLLM."""
+    return f"{key.tenant}/{key.adapter}@{key.version}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +99,8 @@ class GenerationRequest:
     """Keeps one tenant's prefix cache from another's; empty for none."""
     trace_headers: Mapping[str, str] | None = None
     """W3C trace context, so that the engine's span joins the caller's trace."""
+    accountable: bool = True
+    """Whether it is a suspect when its engine crashes. A warm-up is not: no shard could start."""
 
 
 class FinishReason(enum.Enum):

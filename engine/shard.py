@@ -10,18 +10,15 @@ import asyncio
 import contextlib
 import uuid
 from collections.abc import AsyncGenerator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 from engine.errors import (
     GenerationFailed,
     InvalidRequest,
-    InvalidStructuredOutput,
     ShardUnavailable,
     Violation,
 )
+from engine.fingerprint import fingerprint, tag
 from engine.generation import (
     Chat,
     ChatMessage,
@@ -32,14 +29,16 @@ from engine.generation import (
     ServedVersion,
 )
 from engine.liveness import Liveness, runs
+from engine.model_info import ModelInfo
 from engine.output import to_output
 from engine.rendering import PromptRenderer, RenderedPrompt
 from engine.sampling import build_params
+from engine.screening import Screening
+from engine.structured_output import StructuredOutputChecks
+from engine.verdict import Verdict
 
 if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
-    from vllm.sampling_params import SamplingParams
-    from vllm.v1.engine import EngineCoreRequest
     from vllm.v1.engine.async_llm import AsyncLLM
     from vllm.v1.engine.output_processor import RequestOutputCollector
 
@@ -78,35 +77,25 @@ class Shard(Protocol):
         """What the core has to do now, for all processes. Raises ShardUnavailable."""
 
 
-@dataclass(frozen=True, slots=True)
-class ModelInfo:
-    """What a shard serves, for GetModel."""
-
-    dtype: str
-    quantization: str
-    architecture: str
-    vocab_size: int
-    max_model_len: int
-    chat_template: str
-    engine_version: str
-
-
 class VllmShard:
     """A shard over vLLM's AsyncLLM, attached to a running core through a client slot."""
 
-    def __init__(self, engine: AsyncLLM, name: str, client_index: int) -> None:
+    def __init__(self, engine: AsyncLLM, slot: ClientSlot, screening: Screening) -> None:
         self._engine = engine
-        self._name = name
-        self._client_index = client_index
-        self._liveness = Liveness(name)
+        self._name = slot.shard
+        self._client_index = slot.index
+        self._liveness = Liveness(slot.shard)
+        self._screening = screening
+        self._verdict = Verdict(slot.record_path)
         self._removals: set[asyncio.Task[bool]] = set()
         self._renderer = PromptRenderer(engine.renderer, engine.vllm_config)
         self._max_model_len = int(engine.model_config.max_model_len)
-        self._checks = ThreadPoolExecutor(2, thread_name_prefix="structured-output")
+        self._checks = StructuredOutputChecks(engine)
 
     @classmethod
-    def attach(cls, slot: ClientSlot) -> VllmShard:
-        """Drive the core of this slot. Takes milliseconds once the core is ready.
+    def attach(cls, slot: ClientSlot, screening: Screening) -> VllmShard:
+        """Drive the core of this slot, with what passes `screening`. Takes milliseconds once the
+        core is ready.
 
         To be called on the event loop that will use it. Raises TimeoutError if the core
         does not greet the slot.
@@ -129,7 +118,7 @@ class VllmShard:
             client_count=slot.count,
             client_index=slot.index,
         )
-        return cls(engine, slot.shard, slot.index)
+        return cls(engine, slot, screening)
 
     @property
     def name(self) -> str:
@@ -166,8 +155,15 @@ class VllmShard:
         from vllm.exceptions import VLLMClientError
         from vllm.v1.engine.exceptions import EngineDeadError
 
-        finished = False
+        finished = begun = False
         collector: RequestOutputCollector | None = None
+        mark: int | None = None
+        engine_id = request.request_id
+        if request.accountable:
+            lora_name = "" if version is None else version.lora_name
+            mark = fingerprint(request.cache_salt, lora_name, prompt.token_ids, request.sampling)
+            self._screening.check(mark, version)
+            engine_id = tag(request.request_id, mark)
         try:
             params = build_params(
                 request.sampling,
@@ -181,8 +177,8 @@ class VllmShard:
             lora = _lora_request(version)
             # 1. The request goes to the core; its outputs come through this collector.
             collector = await self._engine.add_request(
-                request.request_id,
-                await self._checked_input(request, prompt, params, lora),
+                engine_id,
+                await self._checks.checked(engine_id, request, prompt, params, lora),
                 params,
                 lora_request=lora,
                 trace_headers=request.trace_headers,
@@ -191,67 +187,30 @@ class VllmShard:
             #    caller is busy writing, vLLM merges into one output (output_processor.py:69).
             while not finished:
                 output = collector.get_nowait() or await collector.get()
-                finished = output.finished
+                finished, begun = output.finished, True
                 yield to_output(output, request.sampling, self._name)  # type: ignore[arg-type]  # never a pooling output
         except VLLMClientError as error:
             finished = True  # refused before it reached the core
             raise _invalid_request(error) from error
         except EngineDeadError as error:
             finished = True  # nothing is left to abort
-            raise ShardUnavailable(self._name) from error
+            part = await self._verdict.part_of(mark, waits=not begun)
+            raise ShardUnavailable(self._name, part) from error
+        else:
+            if mark is not None:
+                self._screening.finished(mark)
         finally:
             # 3. Left early: cancelled, out of time, or the caller is gone. By our own id if that
             #    came while the request was being added.
             if not finished:
-                await asyncio.shield(self._abort(request.request_id, collector))
+                await asyncio.shield(self._abort(engine_id, collector))
 
-    async def _checked_input(
-        self,
-        request: GenerationRequest,
-        prompt: RenderedPrompt,
-        params: SamplingParams,
-        lora: LoRARequest | None,
-    ) -> Any:
-        """What to hand to `add_request`: the rendered prompt, or for structured output a
-        request that vLLM has checked in a thread.
-
-        `add_request` compiles the grammar to check it, and would do so on the event loop: a
-        hostile regular expression stops every stream for its 5 s limit (async_llm.py:472).
-        """
-        if params.structured_outputs is None:
-            return prompt.engine_input
-        from vllm.exceptions import VLLMValidationError
-
-        process = partial(
-            self._engine.input_processor.process_inputs,
-            request.request_id,
-            prompt.engine_input,
-            params,
-            supported_tasks=await self._engine.get_supported_tasks(),
-            lora_request=lora,
-            trace_headers=request.trace_headers,
-        )
-        # Threads of our own, so that nobody's tokenizing waits; but bad words are tokenized, and
-        # the tokenizer is for vLLM's renderer thread alone.
-        threads = self._engine.renderer._executor if params.bad_words else self._checks
-        try:
-            checked: EngineCoreRequest = await asyncio.get_running_loop().run_in_executor(
-                threads, process
-            )
-        except (VLLMValidationError, ValueError) as error:
-            if getattr(error, "parameter", None) not in (None, "structured_outputs"):
-                raise
-            raise InvalidStructuredOutput(
-                Violation("sampling.structured_outputs", f"cannot be used: {str(error)[:500]}")
-            ) from error
-        return checked
-
-    async def _abort(self, request_id: str, collector: RequestOutputCollector | None) -> None:
+    async def _abort(self, engine_id: str, collector: RequestOutputCollector | None) -> None:
         from vllm.v1.engine.exceptions import EngineDeadError
 
         with contextlib.suppress(EngineDeadError):
             if collector is None:
-                await self._engine.abort(request_id)
+                await self._engine.abort(engine_id)
             else:  # by vLLM's own id, which also forgets the parent of several completions
                 await self._engine.abort(collector.request_id, internal=True)
 
@@ -268,6 +227,7 @@ class VllmShard:
             prompt="warm up",
             sampling={"max_tokens": 1, "temperature": 0.0},
             stream=True,
+            accountable=False,
         )
         prompt = await self.render(request.prompt)
         async with contextlib.aclosing(self.generate(request, prompt, None)) as outputs:
@@ -313,7 +273,7 @@ class VllmShard:
         await self._liveness.answer(removal, UTILITY_TIMEOUT_S)
 
     async def call_core(
-        self, utility: str, *arguments: int, timeout_s: float = UTILITY_TIMEOUT_S
+        self, utility: str, *arguments: int | str, timeout_s: float = UTILITY_TIMEOUT_S
     ) -> Any:
         """Call a utility of `engine/core_plugin.py` in the core. Raises ShardUnavailable."""
         call = self._engine.engine_core.call_utility_async(utility, *arguments)
@@ -338,16 +298,29 @@ class VllmShard:
             return False
         return True
 
-    def declare_dead(self) -> None:
+    def declare_dead(self, crashed: bool | None = None) -> None:
         """End every request with ShardUnavailable, because the core is known to be dead.
 
-        An attached client cannot see that by itself: only the core's parent can.
+        An attached client cannot see that by itself: only the core's parent can. `crashed` as for
+        `judge`; None if the host has not said yet.
         """
         from vllm.v1.engine.exceptions import EngineDeadError
 
+        if crashed is not None:
+            self.judge(crashed)
         self._liveness.declare_dead()
         self._engine.engine_core.resources.engine_dead = True
         self._engine.output_processor.propagate_error(EngineDeadError())
+
+    def judge(self, crashed: bool) -> None:
+        """The host's verdict: whether what a dead core computed may be to blame."""
+        self._verdict.say(crashed)
+
+    @property
+    def said_dead(self) -> bool:
+        """Whether the core itself has said that an exception ends it; to be asked before it is
+        declared dead."""
+        return bool(self._engine.engine_core.resources.engine_dead)
 
     @property
     def broken(self) -> bool:
@@ -358,7 +331,7 @@ class VllmShard:
         """Let go of the core, which runs on. Blocks for a moment; safe to call twice."""
         for removal in self._removals:
             removal.cancel()
-        self._checks.shutdown(wait=False, cancel_futures=True)
+        self._checks.close()
         self._engine.shutdown(timeout=0)
         # vLLM leaves these threads and descriptors to the garbage collector, and that to chance: a
         # process that outlives many cores would run out of them.

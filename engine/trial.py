@@ -11,7 +11,9 @@ from typing import Protocol
 from engine.errors import (
     AdapterLoadFailed,
     AdapterNotChecked,
+    AdapterQuarantined,
     GenerationFailed,
+    PoisonRequest,
     ProbeFailed,
     TrialFailed,
 )
@@ -71,6 +73,8 @@ class TryOut:
                         raise TrialFailed(key.adapter, found, key.version)
         except AdapterLoadFailed as error:
             raise AdapterNotChecked(key.adapter, [error.reason], key.version) from error
+        except (PoisonRequest, AdapterQuarantined) as error:
+            raise AdapterNotChecked(key.adapter, [str(error)], key.version) from error
         except GenerationFailed as error:
             reason = f"the engine cannot answer with it: {error}"
             raise AdapterNotChecked(key.adapter, [reason], key.version) from error

@@ -10,8 +10,10 @@ from engine.split import Split
 from gateway import admin_codec as codec
 from gateway.call import current_call
 from gateway.channel import Explain
+from gateway.crashes import Crashes
 from gateway.drains import Drains
 from gateway.processes import Processes
+from gateway.quarantine_codec import decode_subject, encode_quarantine
 from gateway.shard_survey import ShardSurvey
 from gateway.shards import Shards
 from gateway.wrap import Context
@@ -37,6 +39,7 @@ class Admin(AdminServicer):
         shards: Shards,
         processes: Processes,
         view: ServedView,
+        crashes: Crashes,
         max_loras: int,
     ) -> None:
         """`max_loras` is how many adapters a batch may have."""
@@ -45,6 +48,7 @@ class Admin(AdminServicer):
         self._shards = shards
         self._processes = processes
         self._view = view
+        self._crashes = crashes
         self._max_loras = max_loras
 
     async def ListShards(
@@ -97,3 +101,18 @@ class Admin(AdminServicer):
             workers=[codec.encode_route(route) for route in sorted(told, key=_process_id)],
             shard=chosen.pop() if len(chosen) == 1 else "",
         )
+
+    async def ListQuarantine(
+        self, request: pb.ListQuarantineRequest, context: Context
+    ) -> pb.ListQuarantineResponse:
+        return encode_quarantine(self._crashes.state)
+
+    async def LiftQuarantine(
+        self, request: pb.LiftQuarantineRequest, context: Context
+    ) -> pb.LiftQuarantineResponse:
+        kind, name = decode_subject(request)
+        logger.warning("%s lifts a quarantine", current_call().principal.actor)
+        left = self._crashes.lift(kind, name)
+        if left is not None:
+            await self._processes.screen(left)
+        return pb.LiftQuarantineResponse(lifted=left is not None)

@@ -13,7 +13,8 @@ from engine.split import Split
 from gateway.adapter_codec import encode_time, name_violations, refuse
 from gateway.drains import Drain, Move
 from gateway.explanation import Explanation
-from gateway.keeper import Death, KeeperState
+from gateway.keeper import Death
+from gateway.keeper_state import KeeperState
 from gateway.shard_survey import Surveyed
 from lora_gateway.v1 import admin_pb2 as pb
 from lora_gateway.v1.adapters_pb2 import TrafficSplit

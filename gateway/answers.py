@@ -15,6 +15,7 @@ from google.rpc import code_pb2, error_details_pb2
 
 from engine.errors import (
     AdapterInvalid,
+    AdapterQuarantined,
     ChatTemplateMissing,
     InvalidRequest,
     ShardUnavailable,
@@ -205,6 +206,17 @@ def shard_unavailable(error: ShardUnavailable, call: Call) -> Answer:
         ErrorReason.ERROR_REASON_SHARD_UNAVAILABLE,
         {"shard": error.shard, "tokens_emitted": str(call.completion_tokens)},
         (_retry_info(),),
+    )
+
+
+def quarantined(error: AdapterQuarantined, call: Call) -> Answer:
+    delay = duration_pb2.Duration()
+    delay.FromMilliseconds(int(error.left_s * 1000))
+    return Answer(
+        code_pb2.FAILED_PRECONDITION,
+        ErrorReason.ERROR_REASON_ADAPTER_QUARANTINED,
+        {"adapter": error.adapter, "version": str(error.version), "until": error.until},
+        (error_details_pb2.RetryInfo(retry_delay=delay),),
     )
 
 

@@ -17,6 +17,7 @@ from engine.errors import ShardUnavailable
 from engine.generation import ServedVersion, VersionKey
 from engine.pool import ShardPool
 from engine.residents import Residents
+from engine.screening import Screening
 from engine.shard import VllmShard
 
 logger = logging.getLogger(__name__)
@@ -33,14 +34,16 @@ class Attachments:
     def __init__(
         self,
         pool: ShardPool,
+        screening: Screening,
         want: Callable[[str, VersionKey], None],
         lost: Callable[[str], None],
         stall_timeout_s: float,
     ) -> None:
-        """Shards join and leave `pool`. `want` asks the host for a version on a shard; `lost` is
-        told of each shard that is gone, after it has left. The host takes `stall_timeout_s` to
-        find that a core hangs."""
+        """Shards join and leave `pool`, and get what passes `screening`. `want` asks the host for
+        a version on a shard; `lost` is told of each shard that is gone, after it has left. The
+        host takes `stall_timeout_s` to find that a core hangs."""
         self._pool = pool
+        self._screening = screening
         self._want = want
         self._tell_lost = lost
         self._unheard_limit_s = stall_timeout_s + UNHEARD_S
@@ -50,6 +53,8 @@ class Attachments:
         """Of cores that died, to be closed when their calls have ended."""
         self._unheard: dict[str, float] = {}
         """Since when shards cannot be heard of which the host has not said that they died."""
+        self._unjudged: dict[str, VllmShard] = {}
+        """The last of each that were lost before the host said so."""
 
     def residents(self, shard: str) -> Residents | None:
         """What a shard has loaded; None if it is not attached."""
@@ -61,7 +66,7 @@ class Attachments:
         None if it does not greet: it died just now, and the host says so if that is true.
         """
         try:
-            shard = VllmShard.attach(slot)
+            shard = VllmShard.attach(slot, self._screening)
         except TimeoutError as error:
             logger.error("cannot attach to %s: %s", slot.shard, error)
             self._unheard[slot.shard] = time.monotonic()
@@ -85,12 +90,15 @@ class Attachments:
             with contextlib.suppress(ShardUnavailable):  # the others serve, and the host knows
                 await shard.warm_up()
 
-    def lose(self, name: str) -> None:
-        """The host says that this core is dead."""
+    def lose(self, name: str, crashed: bool) -> None:
+        """The host says that this core is dead, and whether what it computed may be to blame."""
         self._unheard.pop(name, None)
-        self._lose(name)
+        unjudged = self._unjudged.pop(name, None)
+        self._lose(name, crashed)
+        if unjudged is not None:
+            unjudged.judge(crashed)
 
-    def _lose(self, name: str) -> None:
+    def _lose(self, name: str, crashed: bool | None = None) -> None:
         """Calls without a token are tried again by those who wait for them."""
         shard = self._shards.pop(name, None)
         if shard is None:
@@ -98,7 +106,9 @@ class Attachments:
         self._pool.leave(name)
         residents = self._residents.pop(name)
         residents.lose(name)
-        shard.declare_dead()
+        if crashed is None:
+            self._unjudged[name] = shard
+        shard.declare_dead(crashed)
         self._lost.append((shard, residents))
         self._tell_lost(name)
 

@@ -15,9 +15,10 @@ from typing import Any, Generic, TypeVar
 from engine.base_model import ModelFingerprints
 from engine.core import ClientSlot
 from engine.generation import ServedVersion, VersionKey
+from engine.model_info import ModelInfo
 from engine.pool import ServedAdapter, ServedView
+from engine.quarantine import Quarantined
 from engine.ring import AdapterKey, Plan
-from engine.shard import ModelInfo
 from gateway.arms import Outcome
 from gateway.settings import Settings
 from gateway.token_meter import Tokens
@@ -48,6 +49,8 @@ class Orders:
     """The adapters that have series of their own."""
     drained: frozenset[str]
     """Shards that take no requests, whether they are up or not."""
+    quarantined: Quarantined
+    """To screen by."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +66,10 @@ class ShardDied:
     """Host: the core of this shard is gone; end what ran on it, and send nothing there."""
 
     shard: str
+    crashed: bool
+    """Whether it may have been the doing of what it computed."""
+    quarantined: Quarantined
+    """To screen by from now on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,10 +173,18 @@ class ShardUp:
     """What it has loaded."""
 
 
+@dataclass(frozen=True, slots=True)
+class FollowQuarantine:
+    """Question: screen by this from now on. Answered once that is followed."""
+
+    quarantined: Quarantined
+
+
 Question = (
     ShowAdapter
     | FollowPlan
     | FollowDrains
+    | FollowQuarantine
     | ShardUp
     | Leave
     | TellUses
@@ -227,6 +242,13 @@ class Used:
 
 
 @dataclass(frozen=True, slots=True)
+class Acquitted:
+    """Worker: this suspect was answered to its end."""
+
+    fingerprint: int
+
+
+@dataclass(frozen=True, slots=True)
 class Answer:
     """Worker: the answer to the question with that ticket."""
 
@@ -238,7 +260,7 @@ Sent = TypeVar("Sent")
 Received = TypeVar("Received")
 
 HostMessage = Orders | Ask | Loaded | LoadFailed | Drain | ShardDied | NameAdapters
-Unasked = Want | Ended | Used
+Unasked = Want | Ended | Used | Acquitted
 """What a worker says of itself while it serves."""
 WorkerMessage = Imported | Serving | Unasked | Answer | Failed
 

@@ -23,6 +23,7 @@ import grpc
 from engine.base_model import BaseModules, ModelFingerprints
 from engine.catalog import AdapterCatalog
 from engine.core import ClientSlot
+from engine.core_death import CoreDeath
 from engine.generation import ServedVersion, VersionKey
 from engine.intake import UPLOAD_SCHEME, Intake
 from engine.ledger import Ledger
@@ -38,8 +39,9 @@ from gateway.admin import Admin
 from gateway.admission import MAX_WATCHES, Admission, Draining, Slots
 from gateway.arms import Arms
 from gateway.call import Principal
-from gateway.channel import Ended, Unasked, Used, Want
+from gateway.channel import Acquitted, Ended, Unasked, Used, Want
 from gateway.checkpoint_sources import TRAIN_SCHEME
+from gateway.crashes import Crashes
 from gateway.drains import Drains
 from gateway.evaluation import Evaluations
 from gateway.judgement import Judgement
@@ -108,7 +110,10 @@ class ControlPlane:
         self._ledger = Ledger(registry, self._naming)
         self._arms = Arms()
         self._throughput = Throughput()
-        self._judgement = Judgement(registry, self._ledger, self._arms, self._processes)
+        self.crashes = Crashes()
+        self._judgement = Judgement(
+            registry, self._ledger, self._arms, self._processes, self.crashes.holds
+        )
         self._admission = Admission(MAX_STREAMS)
         self._watches = Slots(MAX_WATCHES, "watches")
         self._tracing = Tracing(settings.otlp_endpoint)
@@ -180,6 +185,8 @@ class ControlPlane:
             case Used(tokens):
                 self._planning.record(tokens)
                 self._throughput.record(tokens)
+            case Acquitted(fingerprint):
+                self.crashes.acquit(fingerprint)
 
     def check_for(
         self, model_path: Path, modules: BaseModules, prints: ModelFingerprints, dtype: str
@@ -216,11 +223,12 @@ class ControlPlane:
         async with self._intake.inspect_folder(adapter, folder):
             pass
 
-    def lose(self, shard: str) -> None:
+    def lose(self, shard: str, death: CoreDeath) -> None:
         """The core is dead: nobody uses it any more, and whoever waits for it is told."""
+        quarantined = self.crashes.judge(shard, death)
         if self._shards is not None:
             self._shards.lose(shard)
-        self._processes.lose(shard)
+        self._processes.lose(shard, death.crashed, quarantined)
 
     async def prepare(self, shard: VllmShard) -> None:
         """Load what belongs on a new core, which nobody uses yet. Raises ShardUnavailable."""
@@ -262,7 +270,10 @@ class ControlPlane:
         places = settings.max_cpu_loras
         survey = ShardSurvey(keepers, ours, drains, self._processes, places)
         add_AdminServicer_to_server(
-            Admin(survey, drains, ours, self._processes, self.view, settings.max_loras),
+            Admin(
+                *(survey, drains, ours, self._processes, self.view, self.crashes),
+                settings.max_loras,
+            ),
             self._server,
         )
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import AsyncGenerator
 
-from engine.errors import ShardUnavailable
+from engine.errors import CrashPart, ShardUnavailable
 from engine.generation import GenerationRequest, Output, VersionKey
 from engine.pool import Route, ShardPool
 from engine.ring import NoShardOpen
@@ -40,13 +40,14 @@ class Dispatch:
                 async for output in outputs:
                     yield output
             return
-        except ShardUnavailable:
-            again = self._second(route, call)
+        except ShardUnavailable as death:
+            part = death.part
+            again = self._second(route, call, part)
             if again is None:
                 raise
         call.shard = again.shard.name
         metrics.retries.inc()
-        with self._budget.retry():
+        with self._budget.retry(part is CrashPart.SUSPECT):
             async with contextlib.aclosing(_run(request, again, call)) as outputs:
                 async for output in outputs:
                     yield output
@@ -57,9 +58,15 @@ class Dispatch:
         metrics.observe_placement(route)
         return route
 
-    def _second(self, first: Route, call: Call) -> Route | None:
-        """Where to try it once more; None: the caller is told, and decides by itself."""
-        if call.first_token_s is not None or not self._budget.has_room:
+    def _second(self, first: Route, call: Call, part: CrashPart) -> Route | None:
+        """Where to try it once more; None: the caller is told, and decides by itself.
+
+        What crashed an engine alone would crash the next one too. Of others that were in the crash,
+        one goes at a time: if it is the one, they are not in its second crash.
+        """
+        if call.first_token_s is not None or part is CrashPart.ALONE:
+            return None
+        if not self._budget.has_room(part is CrashPart.SUSPECT):
             return None
         with contextlib.suppress(NoShardOpen):
             return self._pool.route_to(first.key, without=[first.shard.name])

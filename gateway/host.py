@@ -175,6 +175,8 @@ class Host:
                 options[number],
                 partial(settings.environment_of, number),
                 settings.engine_stall_timeout_s,
+                self._run_dir,
+                control.crashes.screening,
                 started=pid_file.add,
             )
             for number, name in enumerate(names)
@@ -185,6 +187,7 @@ class Host:
         await supervisor.start(config)
         endpoint.add(ShardGauges(settings.model, lambda: supervisor.shards))
         endpoint.add(TrainingGauges(control.training_pulse))
+        endpoint.add(control.crashes)
         control.serve_on(supervisor.shards, supervisor.keepers)
         self._watch(control.run())
         self._watch(supervisor.keep(control))
@@ -218,6 +221,7 @@ class Host:
             plan=control.plan,
             named=control.named,
             drained=control.drained,
+            quarantined=control.crashes.state,
         )
 
     async def _after_death(self, worker: WorkerProcess, endpoint: HttpEndpoint) -> None:

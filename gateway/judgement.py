@@ -6,8 +6,10 @@ import asyncio
 import logging
 import math
 import time
+from collections.abc import Callable
 
 from engine.errors import Violation
+from engine.generation import VersionKey
 from engine.ledger import Ledger
 from gateway import adapter_codec as codec
 from gateway.arms import Arms
@@ -32,12 +34,19 @@ class Judgement:
     """Judges arms by the requests that they answered."""
 
     def __init__(
-        self, registry: Registry, ledger: Ledger, arms: Arms, processes: Processes
+        self,
+        registry: Registry,
+        ledger: Ledger,
+        arms: Arms,
+        processes: Processes,
+        quarantined: Callable[[VersionKey], bool],
     ) -> None:
+        """`quarantined` tells whether all requests of a version are refused."""
         self._registry = registry
         self._ledger = ledger
         self._arms = arms
         self._processes = processes
+        self._quarantined = quarantined
 
     async def compare(
         self, request: pb.CompareVersionsRequest, tenant: str
@@ -112,6 +121,8 @@ class Judgement:
             record.tenant, record.adapter, record.guard.version, record.traffic_time_ns / 1e9
         )
         reason = breach(record.guard, outcomes)
+        if self._quarantined(VersionKey(record.tenant, record.adapter, record.guard.version)):
+            reason = "an engine crashed twice on its requests, and it is quarantined"
         if reason is None:
             return
         logger.warning("adapter %s is rolled back by its guard: %s", record.adapter, reason)

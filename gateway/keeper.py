@@ -12,13 +12,14 @@ What belongs on the new one is loaded before anybody may use it (ADR 0010, ADR 0
 from __future__ import annotations
 
 import asyncio
-import enum
+import itertools
 import logging
 import os
 import time
 from collections import deque
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from engine.core import (
@@ -30,48 +31,19 @@ from engine.core import (
     Started,
     ignore,
 )
+from engine.core_death import CoreDeath
 from engine.errors import CoreFailed, ShardUnavailable
+from engine.screening import Screening
 from engine.shard import VllmShard
 from gateway import metrics
+from gateway.inquest import inquest
+from gateway.keeper_state import TRANSITIONS, Cause, KeeperState
 from gateway.restarts import Restarts
 
 logger = logging.getLogger(__name__)
 
 ASK_INTERVAL_S = 1.0
 """How often a core is asked whether it still answers."""
-
-
-class KeeperState(enum.Enum):
-    """Where a shard stands."""
-
-    STARTING = "starting"
-    UP = "up"
-    DEAD = "dead"
-    """Its core is gone, and the next one waits for its turn."""
-    REBUILDING = "rebuilding"
-    WARMING = "warming"
-    """The core runs, and loads adapters. Nobody else uses it."""
-    STOPPED = "stopped"
-
-
-TRANSITIONS: dict[KeeperState, frozenset[KeeperState]] = {
-    KeeperState.STARTING: frozenset({KeeperState.UP, KeeperState.STOPPED}),
-    KeeperState.UP: frozenset({KeeperState.DEAD, KeeperState.REBUILDING, KeeperState.STOPPED}),
-    KeeperState.DEAD: frozenset({KeeperState.REBUILDING, KeeperState.STOPPED}),
-    KeeperState.REBUILDING: frozenset({KeeperState.WARMING, KeeperState.DEAD, KeeperState.STOPPED}),
-    KeeperState.WARMING: frozenset({KeeperState.UP, KeeperState.DEAD, KeeperState.STOPPED}),
-    KeeperState.STOPPED: frozenset(),
-}
-
-
-class Cause(enum.Enum):
-    """Why a core was started again; the values are a metric's label."""
-
-    DIED = "died"
-    STALLED = "stalled"
-    START_FAILED = "start_failed"
-    RENEWED = "renewed"
-    """It had few client slots left, and was ended for that."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +71,7 @@ NOTES_KEPT = 8
 class Followers(Protocol):
     """All who use a shard, and follow its fate."""
 
-    def lose(self, shard: str) -> None:
+    def lose(self, shard: str, death: CoreDeath) -> None:
         """The core is dead: nobody uses it any more, and whoever waits for it is told."""
 
     async def prepare(self, shard: VllmShard) -> None:
@@ -119,13 +91,17 @@ class ShardKeeper:
         options: EngineOptions,
         environment: Environment,
         stall_timeout_s: float,
+        run_dir: Path,
+        screening: Screening,
         restarts: Restarts | None = None,
         started: Started = ignore,
     ) -> None:
-        """Cores are started in this `environment`. One that does not answer for
-        `stall_timeout_s` is killed. `started` is told each process of a core."""
+        """Cores are started in this `environment`, and write down their steps in `run_dir`. One
+        that does not answer for `stall_timeout_s` is killed. `screening` is the host's own.
+        `started` is told each process of a core."""
         for cause in Cause:
             metrics.shard_restarts.labels(name, cause.value)  # from 0, so that growth is seen
+        metrics.crash_suspects.labels(name)
         self.name = name
         self.state = KeeperState.STARTING
         self.since_s = time.time()
@@ -144,8 +120,14 @@ class ShardKeeper:
         self._options = options
         self._environment = environment
         self._stall_timeout_s = stall_timeout_s
+        self._run_dir = run_dir
+        self._screening = screening
         self._restarts = restarts or Restarts()
         self._started = started
+        self._incarnations = itertools.count()
+        self._records: list[Path] = []
+        """Where the last two cores wrote down their steps. Workers may still read of the one that
+        has died when the next one starts."""
         self._core: EngineCore | None = None
         self._renewal: asyncio.Future[None] | None = None
         """Done when the core that was to be renewed is replaced."""
@@ -249,11 +231,12 @@ class ShardKeeper:
         """Start a core, drive it, and generate one token. Raises CoreFailed, ShardUnavailable."""
         if config is None:
             config = await asyncio.to_thread(self._options.build_config)
+        record_path = self._next_record()
         self._core = core = await EngineCore.start(
-            self.name, config, self._environment, self._started
+            self.name, config, record_path, self._environment, self._started
         )
         try:
-            self.shard = shard = VllmShard.attach(core.take_slot())
+            self.shard = shard = VllmShard.attach(core.take_slot(), self._screening)
         except TimeoutError as error:  # it died just now
             raise ShardUnavailable(self.name) from error
 
@@ -262,11 +245,19 @@ class ShardKeeper:
             core.adopt(pids)
             for pid in pids:
                 self._started(pid, f"core of {self.name}")
+            await shard.call_core("gateway_record", str(record_path))
             await shard.warm_up()
             logger.info("%s runs in process %d", self.name, pids[0])
 
         await self._unless_dead(try_out())
         return shard
+
+    def _next_record(self) -> Path:
+        """A place for the steps of the next core."""
+        if len(self._records) == 2:
+            self._records.pop(0).unlink(missing_ok=True)
+        self._records.append(self._run_dir / f"{self.name}-{next(self._incarnations)}.steps")
+        return self._records[-1]
 
     async def _death(self) -> Cause:
         """Wait until the core has ended, or has not answered for too long."""
@@ -307,31 +298,32 @@ class ShardKeeper:
 
     async def _bury(self, followers: Followers, cause: Cause) -> str:
         """Tell all, and end what is left of the core. Returns how it ended, for people."""
-        followers.lose(self.name)
         shard, self.shard = self.shard, None
         core, self._core = self._core, None
+        death = CoreDeath("it did not start")
+        if core is not None:
+            stalled_s = self._stall_timeout_s if cause is Cause.STALLED else None
+            death = await inquest(core, shard, stalled_s)
+        followers.lose(self.name, death)
         if shard is not None:
-            shard.declare_dead()
-        reason = f"did not answer for {self._stall_timeout_s:g} s, and was killed"
+            shard.declare_dead(death.crashed)
         if cause is Cause.STALLED:
             logger.error("%s has not answered for %g s: killed", self.name, self._stall_timeout_s)
         if core is not None:
-            if cause is Cause.DIED:
-                reason = await asyncio.to_thread(core.exit_reason)
             await core.stop()
         if shard is not None:
             shard.close()
-        return reason
+        return death.reason
 
     async def _renew(self, followers: Followers) -> None:
         """End the core in order, and start another one."""
         self.move(KeeperState.REBUILDING)  # nobody takes a slot of it any more
-        followers.lose(self.name)
+        followers.lose(self.name, CoreDeath("it is renewed"))
         shard, core = self.shard, self._core
         assert shard is not None and core is not None
         await core.stop(self._ask_to_stop)
         self.shard = self._core = None
-        shard.declare_dead()
+        shard.declare_dead(crashed=False)
         shard.close()
         if not await self._start_again(followers, Cause.RENEWED):
             await self._replace(followers, Cause.START_FAILED)

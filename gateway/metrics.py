@@ -112,6 +112,11 @@ shard_restarts = Counter(
     "client slots left (renewed).",
     ["shard", "cause"],
 )
+crash_suspects = Counter(
+    "gateway_crash_suspects",
+    "Requests that an engine was computing when it crashed.",
+    ["shard"],
+)
 engine_recovery = Histogram(
     "gateway_engine_recovery_seconds",
     "From a core's death until its shard takes requests again.",

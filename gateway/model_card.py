@@ -5,8 +5,8 @@ from __future__ import annotations
 from importlib.metadata import version
 
 from engine.base_model import ModelFingerprints
+from engine.model_info import ModelInfo
 from engine.sampling import MAX_LOGPROBS, MAX_N
-from engine.shard import ModelInfo
 from gateway.server import MAX_MESSAGE_BYTES
 from gateway.settings import Settings
 from lora_gateway.v1 import inference_pb2 as pb

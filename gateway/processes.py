@@ -13,6 +13,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from engine.core import ClientSlot
 from engine.generation import ServedVersion, VersionKey
 from engine.pool import ServedAdapter
+from engine.quarantine import Quarantined
 from engine.residents import Residents, Use
 from engine.ring import Plan
 from gateway.channel import (
@@ -20,6 +21,7 @@ from gateway.channel import (
     Flush,
     FollowDrains,
     FollowPlan,
+    FollowQuarantine,
     Leave,
     Loaded,
     LoadFailed,
@@ -58,9 +60,13 @@ class Processes:
         """The shard is gone."""
         self._own.pop(shard, None)
 
-    def lose(self, shard: str) -> None:
-        """Tell all workers that the shard is gone."""
-        self._fleet.tell(ShardDied(shard))
+    def lose(self, shard: str, crashed: bool, quarantined: Quarantined) -> None:
+        """Tell all workers that the shard is gone, and whom to refuse from now on."""
+        self._fleet.tell(ShardDied(shard, crashed, quarantined))
+
+    async def screen(self, quarantined: Quarantined) -> None:
+        """Have all workers refuse these, and no others; returns when they do."""
+        await _followed("the quarantine", self._fleet.ask(FollowQuarantine(quarantined)))
 
     async def admit(
         self,

@@ -16,7 +16,7 @@ from typing import Protocol
 
 from gateway.drains import Drains
 from gateway.exceptions import LastOpenShard
-from gateway.keeper import KeeperState
+from gateway.keeper_state import KeeperState
 from gateway.processes import Processes
 
 logger = logging.getLogger(__name__)

@@ -20,10 +20,12 @@ class RetryBudget:
     def __init__(self, admission: Admission) -> None:
         self._admission = admission
         self._running = 0
+        self._suspects = 0
 
-    @property
-    def has_room(self) -> bool:
-        """Whether one more may be tried again now."""
+    def has_room(self, suspect: bool = False) -> bool:
+        """Whether one more may be tried again now. Of suspects of a crash, one at a time."""
+        if suspect and self._suspects:
+            return False
         return self._running < self._most
 
     @property
@@ -31,12 +33,14 @@ class RetryBudget:
         return max(LEAST, SHARE * self._admission.held)
 
     @contextmanager
-    def retry(self) -> Iterator[None]:
+    def retry(self, suspect: bool = False) -> Iterator[None]:
         """Count a second try while it runs."""
         self._count(+1)
+        self._suspects += suspect
         try:
             yield
         finally:
+            self._suspects -= suspect
             self._count(-1)
 
     def _count(self, more: int) -> None:

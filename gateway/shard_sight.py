@@ -10,7 +10,8 @@ from collections.abc import Collection, Iterable, Mapping
 from engine.generation import Load, VersionKey
 from engine.residency import Place, Residency
 from engine.residents import Use
-from gateway.keeper import KeeperState, ShardKeeper
+from gateway.keeper import ShardKeeper
+from gateway.keeper_state import KeeperState
 from gateway.shard_gauges import load_of
 from gateway.sights import Sights
 from gateway.status import ResidentStatus, ShardStatus

@@ -12,7 +12,8 @@ from engine.generation import Load, VersionKey
 from engine.residency import Place
 from engine.residents import Use
 from gateway.drains import Drain, Drains
-from gateway.keeper import Death, KeeperState
+from gateway.keeper import Death
+from gateway.keeper_state import KeeperState
 from gateway.processes import Processes
 from gateway.shards import Shards
 

@@ -11,7 +11,8 @@ from gateway.call import Principal
 from gateway.control import ControlPlane
 from gateway.event_sight import EventSight
 from gateway.job_sight import JobSight
-from gateway.keeper import KeeperState, ShardKeeper
+from gateway.keeper import ShardKeeper
+from gateway.keeper_state import KeeperState
 from gateway.settings import Settings
 from gateway.shard_sight import ShardSight
 from gateway.status import Phase, ShardStatus, Status

@@ -7,8 +7,10 @@ from collections.abc import Iterable
 
 from engine.core import ClientSlot, EngineConfig
 from engine.errors import SlotsUsedUp
-from engine.shard import ModelInfo, VllmShard
-from gateway.keeper import Followers, KeeperState, ShardKeeper
+from engine.model_info import ModelInfo
+from engine.shard import VllmShard
+from gateway.keeper import Followers, ShardKeeper
+from gateway.keeper_state import KeeperState
 
 STARTS_AT_ONCE = 8
 """Cores that load at the same time. Each has a thread of the host's wait for it."""

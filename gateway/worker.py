@@ -16,6 +16,7 @@ import uvloop
 
 from engine.errors import ShardUnavailable
 from engine.pool import ShardPool
+from engine.screening import Screening
 from engine.shard import VllmShard, preload
 from gateway import metrics
 from gateway.adapter_labels import AdapterLabels
@@ -24,6 +25,7 @@ from gateway.arms import Outcome, Reporter
 from gateway.attachments import Attachments
 from gateway.call import Call
 from gateway.channel import (
+    Acquitted,
     Answer,
     Ask,
     Channel,
@@ -34,6 +36,7 @@ from gateway.channel import (
     Flush,
     FollowDrains,
     FollowPlan,
+    FollowQuarantine,
     HostMessage,
     Imported,
     Leave,
@@ -113,8 +116,11 @@ class Worker:
         self._pool = ShardPool((), {}, self._view, orders.shards)
         self._pool.follow(orders.plan)
         self._pool.drain(orders.drained)
+        self._screening = Screening(lambda fingerprint: channel.send(Acquitted(fingerprint)))
+        self._screening.follow(orders.quarantined)
         self._attachments = Attachments(
             self._pool,
+            self._screening,
             lambda shard, key: channel.send(Want(shard, key)),
             self._lost,
             settings.engine_stall_timeout_s,
@@ -206,8 +212,9 @@ class Worker:
                     case LoadFailed(name, key, reason):
                         if (residents := self._attachments.residents(name)) is not None:
                             residents.failed(key, reason)
-                    case ShardDied(name):
-                        self._attachments.lose(name)
+                    case ShardDied(name, crashed, quarantined):
+                        self._screening.follow(quarantined)  # before any of them is tried again
+                        self._attachments.lose(name, crashed)
                     case NameAdapters(named):
                         self._labels.named = named
                     case Drain(delay_s, grace_s):
@@ -233,6 +240,9 @@ class Worker:
                 self._channel.send(Answer(ticket, placed))
             case Explain():
                 self._channel.send(Answer(ticket, explain(self._pool, question)))
+            case FollowQuarantine(quarantined):
+                self._screening.follow(quarantined)
+                self._channel.send(Answer(ticket))
             case Leave(shard, key):
                 residents = self._attachments.residents(shard)
                 if residents is None:  # the shard is gone, and the version with it

@@ -17,6 +17,7 @@ from engine.core import Started, ignore
 from engine.errors import SlotsUsedUp
 from gateway import metrics
 from gateway.channel import (
+    Acquitted,
     Answer,
     Ask,
     Drain,
@@ -266,7 +267,7 @@ class WorkerFleet:
                     if (question := self._questions.get(ticket)) is not None:
                         question.answer(worker, value)
                     continue
-                case Want() | Ended() | Used():
+                case Want() | Ended() | Used() | Acquitted():
                     self._hear(message)
                     continue
             self._assign()

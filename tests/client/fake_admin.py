@@ -66,6 +66,9 @@ class FakeAdmin(AdminServicer):
                 places=64,
             ),
         }
+        self.quarantine = pb.ListQuarantineResponse(
+            requests=[pb.QuarantinedRequest(fingerprint="fedcba9876543210")], suspect_count=3
+        )
         self.route = pb.ExplainRouteResponse(
             version=3,
             version_reason=pb.VERSION_REASON_SPLIT,
@@ -123,6 +126,18 @@ class FakeAdmin(AdminServicer):
     ) -> pb.ExplainRouteResponse:
         await self._begin(request, context)
         return self.route
+
+    async def ListQuarantine(
+        self, request: pb.ListQuarantineRequest, context: Context
+    ) -> pb.ListQuarantineResponse:
+        await self._begin(request, context)
+        return self.quarantine
+
+    async def LiftQuarantine(
+        self, request: pb.LiftQuarantineRequest, context: Context
+    ) -> pb.LiftQuarantineResponse:
+        await self._begin(request, context)
+        return pb.LiftQuarantineResponse(lifted=request.HasField("fingerprint"))
 
     async def _begin(self, request: object, context: Context) -> None:
         self.asked.append(request)

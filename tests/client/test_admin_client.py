@@ -40,12 +40,19 @@ async def test_each_call_asks_for_what_its_arguments_say(
     route = await client.admin.explain_route("sql", version=3, session_id="s")
     assert route.shard == "shard-0"
     await client.admin.explain_route()
+    assert await client.admin.list_quarantine() == admin.quarantine
+    assert await client.admin.lift_quarantine("fedcba9876543210") is True
+    version = pb.VersionName(adapter="sql", version=3)
+    assert await client.admin.lift_quarantine(version) is False
     assert admin.asked == [
         pb.ListShardsRequest(),
         pb.DrainShardRequest(shard="shard-0", wait=True),
         pb.ResumeShardRequest(shard="shard-0"),
         pb.ExplainRouteRequest(adapter="sql", version=3, session_id="s"),
         pb.ExplainRouteRequest(),
+        pb.ListQuarantineRequest(),
+        pb.LiftQuarantineRequest(fingerprint="fedcba9876543210"),
+        pb.LiftQuarantineRequest(version=version),
     ]
 
 

@@ -25,13 +25,15 @@ from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.renderers import BaseRenderer
 from vllm.sampling_params import SamplingParams
+from vllm.v1.core.sched.output import CachedRequestData, NewRequestData, SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine.async_llm import AsyncLLM
-from vllm.v1.engine.core import EngineCoreProc, EngineShutdownState
+from vllm.v1.engine.core import EngineCore, EngineCoreProc, EngineShutdownState
 from vllm.v1.engine.core_client import AsyncMPClient, BackgroundResources
 from vllm.v1.engine.input_processor import InputProcessor
 from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollector
+from vllm.v1.engine.parallel_sampling import ParentRequest
 from vllm.v1.engine.utils import (
     CoreEngineLaunch,
     CoreEngineProcManager,
@@ -40,6 +42,7 @@ from vllm.v1.engine.utils import (
     launch_core_engines,
 )
 from vllm.v1.executor import Executor
+from vllm.v1.executor.multiproc_executor import MultiprocExecutor, WorkerProcHandle
 from vllm.v1.metrics.loggers import PrometheusStatLogger
 from vllm.v1.metrics.stats import RequestStateStats
 from vllm.v1.request import Request
@@ -156,6 +159,9 @@ def test_sources_hold_what_no_signature_shows() -> None:
         (Request.__init__, "self.client_index = client_index"),
         (Request.__init__, "self.lora_request = lora_request"),
         (Scheduler.get_request_counts, "return len(self.running), len(self.waiting)"),
+        # Our fingerprint stands before what vLLM adds to an id, in front and behind.
+        (InputProcessor.assign_request_id, 'f"{request.external_req_id}-{random_uuid():.8}"'),
+        (ParentRequest.get_child_info, 'f"{index}_{self.request_id}"'),
         # A client that is attached learns of its core's death from this flag alone.
         (AsyncMPClient.ensure_alive, "self.resources.engine_dead"),
     ):
@@ -169,7 +175,7 @@ def test_vllm_finds_the_plugin_and_it_adds_its_utilities() -> None:
     core_plugin.register()
     for utility in (
         *("gateway_adopt", "gateway_abort_client", "gateway_requests_of", "gateway_load"),
-        "gateway_stop",
+        *("gateway_record", "gateway_stop"),
     ):
         assert callable(getattr(EngineCoreProc, utility))
 
@@ -193,6 +199,37 @@ def test_the_logits_that_are_replaced_are_there_and_called_as_before() -> None:
     assert "self._get_logits(" in inspect.getsource(LogitsProcessor.forward)
     assert "self.base_layer = base_layer" in inspect.getsource(LogitsProcessorWithLoRA.__init__)
     assert "forward" in LogitsProcessorWithLoRA.__dict__, "it calls the base's with itself as self"
+
+
+def test_a_step_begins_and_ends_in_the_two_methods_that_are_wrapped() -> None:
+    """And in this order: a step is recorded before the model computes it."""
+    for step in (EngineCore.step, EngineCore.step_with_batch_queue):
+        source = inspect.getsource(step)
+        places = [
+            source.index("self.scheduler.schedule("),
+            source.index("self.model_executor.execute_model("),
+            source.index("self.scheduler.update_from_output("),
+        ]
+        assert places == sorted(places)
+        assert source.count("self.scheduler.schedule(") == 1
+    assert inspect.getsource(EngineCore).count("scheduler.update_from_output(") == 2
+    source = inspect.getsource(EngineCore.__init__)
+    assert "self.batch_queue_size = vllm_config.max_concurrent_batches" in source
+    assert "assert len(batch_queue) < self.batch_queue_size" in inspect.getsource(
+        EngineCore.step_with_batch_queue
+    )
+    for kind, fields in (
+        (SchedulerOutput, {"scheduled_new_reqs", "scheduled_cached_reqs", "num_scheduled_tokens"}),
+        (NewRequestData, {"req_id"}),
+        (CachedRequestData, {"req_ids"}),
+    ):
+        assert fields <= {field.name for field in dataclasses.fields(kind)}
+    # Who died before an exception ended the core, told before the clients hear of it.
+    run = inspect.getsource(EngineCoreProc.run_engine_core)
+    assert "engine_core._send_engine_dead()" in run
+    assert run.index("engine_core._send_engine_dead()") < run.index("engine_core.shutdown()")
+    assert "self.workers = " in inspect.getsource(MultiprocExecutor._init_executor)
+    assert "proc" in {field.name for field in dataclasses.fields(WorkerProcHandle)}
 
 
 def test_the_environment_says_where_a_cpu_engine_runs_and_how_long_a_client_waits_for_it() -> None:

@@ -16,7 +16,9 @@ from engine.errors import (
     AdapterInvalid,
     AdapterLoadFailed,
     AdapterNotChecked,
+    AdapterQuarantined,
     GenerationFailed,
+    PoisonRequest,
     ProbeFailed,
     ShardUnavailable,
     TrialFailed,
@@ -178,6 +180,8 @@ async def test_what_we_made_and_is_gone_fails_and_names_no_folder(at: Library) -
     [
         AdapterNotChecked("sql", ["no"]),
         GenerationFailed("no"),
+        PoisonRequest(7, 1_800_000_000.0),
+        AdapterQuarantined("sql", 1, 1_800_000_000.0, 60.0),
         OSError(errno.EIO, "no"),
         ZeroDivisionError("secret"),
     ],

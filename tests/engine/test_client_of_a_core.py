@@ -13,6 +13,7 @@ import zmq
 
 from engine.core import ClientSlot, EngineOptions
 from engine.models import resolve_model
+from engine.screening import Screening
 from engine.shard import VllmShard
 
 SLOTS = 2
@@ -55,6 +56,7 @@ def slots(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[ClientSlot]
                 input_listener=inputs.socket,
                 output_listener=outputs.socket,
                 config=config,
+                record_path=Path(),
             )
         )
     yield slots
@@ -71,7 +73,7 @@ async def test_a_client_that_is_closed_leaves_no_descriptor_and_no_thread(
     """A worker has one after the other, of each core that dies."""
     counts = []
     for slot in slots:
-        shard = VllmShard.attach(slot)
+        shard = VllmShard.attach(slot, Screening())
         await asyncio.sleep(0)  # what it runs on the loop begins
         slot.close()
         shard.close()

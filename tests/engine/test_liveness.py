@@ -15,6 +15,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 
 from engine.errors import ShardUnavailable
 from engine.liveness import Liveness, runs
+from engine.screening import Screening
 from engine.shard import VllmShard
 
 LONG_S, SHORT_S = 60.0, 0.02
@@ -117,4 +118,4 @@ def test_nobody_waits_for_the_greeting_of_a_core_that_has_ended() -> None:
     process.wait()
     slot: Any = SimpleNamespace(core_pid=process.pid)
     with pytest.raises(TimeoutError, match="has ended"):
-        VllmShard.attach(slot)
+        VllmShard.attach(slot, Screening())

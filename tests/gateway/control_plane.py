@@ -25,6 +25,7 @@ import engine.intake
 import engine.processors
 from engine.adapters import AdapterFacts
 from engine.base_model import BaseModules, ModelFingerprints
+from engine.core_death import CoreDeath
 from engine.errors import AdapterInvalid, GenerationFailed
 from engine.fake import FakeShard, Script
 from engine.generation import (
@@ -38,7 +39,8 @@ from engine.generation import (
 )
 from engine.rendering import RenderedPrompt
 from gateway.control import ControlPlane
-from gateway.keeper import Death, KeeperState
+from gateway.keeper import Death
+from gateway.keeper_state import KeeperState
 from gateway.settings import Settings
 from gateway.worker_process import WorkerProcess
 from gateway.workers import WorkerFleet
@@ -53,6 +55,7 @@ TENANT = "default"
 SERVED = ModelFingerprints("c" * 64, "w" * 64, "t" * 64, "")
 WEIGHTS = bytes(range(256)) * 64
 """Of an adapter: 16 KiB."""
+KILLED = CoreDeath("killed by SIGKILL")
 TIMEOUT_S = 10.0
 
 Stub: TypeAlias = Any

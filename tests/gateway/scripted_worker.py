@@ -14,9 +14,10 @@ import pytest
 import gateway.workers
 from engine.base_model import ModelFingerprints
 from engine.core import ClientSlot
+from engine.model_info import ModelInfo
 from engine.pool import ServedView
+from engine.quarantine import Quarantined
 from engine.ring import NO_REPLICAS
-from engine.shard import ModelInfo
 from gateway.channel import (
     Answer,
     Ask,
@@ -155,4 +156,5 @@ def orders() -> Orders:
         plan=NO_REPLICAS,
         named=frozenset(),
         drained=frozenset(),
+        quarantined=Quarantined(),
     )

@@ -27,10 +27,11 @@ from gateway.channel import (
     TellUses,
 )
 from gateway.explanation import explain
-from gateway.keeper import Death, KeeperState
+from gateway.keeper import Death
+from gateway.keeper_state import KeeperState
 from lora_gateway.v1 import adapters_pb2
 from lora_gateway.v1 import admin_pb2 as pb
-from tests.gateway.control_plane import TIMEOUT_S, Plane, control_plane
+from tests.gateway.control_plane import KILLED, TIMEOUT_S, Plane, control_plane
 from tests.gateway.promises import refused
 from tests.gateway.scripted_worker import SILENT, ScriptedWorker, serving_fleet
 from tests.gateway.three_shards import (
@@ -165,7 +166,7 @@ async def test_a_version_that_nobody_used_has_no_time_of_use(plane: Plane) -> No
 async def test_a_dead_shard_tells_when_it_is_tried_again(plane: Plane) -> None:
     keeper = plane.keepers["shard-2"]
     keeper.state, keeper.next_start_s = KeeperState.DEAD, 1_700_000_060.0
-    plane.control.lose("shard-2")
+    plane.control.lose("shard-2", KILLED)
     shard = (await shards(plane))["shard-2"]
     assert shard.state == pb.SHARD_STATE_DEAD
     assert shard.next_start_time.seconds == 1_700_000_060

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from engine.pool import ServedView, ShardPool
+from engine.screening import Screening
 from engine.shard import VllmShard
 from gateway import attachments as module
 from gateway.attachments import Attachments
@@ -27,7 +28,7 @@ class Ended(Exception):
 def attachments(monkeypatch: pytest.MonkeyPatch) -> Attachments:
     """Of a worker whose only core does not greet it, with its process's end as an exception."""
 
-    def attach(slot: object) -> None:
+    def attach(slot: object, screening: Screening) -> None:
         raise TimeoutError
 
     def end(code: int) -> None:
@@ -37,7 +38,9 @@ def attachments(monkeypatch: pytest.MonkeyPatch) -> Attachments:
     monkeypatch.setattr(os, "_exit", end)
     monkeypatch.setattr(module, "UNHEARD_S", 1.0)
     pool = ShardPool((), {}, ServedView(), ["shard-0"])
-    attached = Attachments(pool, lambda shard, key: None, lambda shard: None, STALL_TIMEOUT_S)
+    attached = Attachments(
+        pool, Screening(), lambda shard, key: None, lambda shard: None, STALL_TIMEOUT_S
+    )
     slot: Any = SimpleNamespace(shard="shard-0")
     assert attached.attach(slot, ()) is None
     return attached
@@ -55,6 +58,6 @@ async def test_a_worker_that_alone_cannot_hear_a_core_ends_after_the_host_would_
 async def test_a_worker_lives_on_when_the_host_has_said_that_the_core_is_dead(
     attachments: Attachments,
 ) -> None:
-    attachments.lose("shard-0")
+    attachments.lose("shard-0", crashed=False)
     with contextlib.suppress(TimeoutError):
         await asyncio.wait_for(attachments.watch(), STALL_TIMEOUT_S + 2.5)

@@ -18,12 +18,26 @@ import pytest
 import pytest_asyncio
 
 from engine.generation import VersionKey
+from engine.quarantine import Quarantined
 from engine.residents import Use
 from engine.ring import AdapterKey, Plan
-from gateway.channel import Answer, Ask, Channel, Ended, Flush, FollowPlan, Used, Want
+from gateway.channel import (
+    Acquitted,
+    Answer,
+    Ask,
+    Channel,
+    Ended,
+    Flush,
+    FollowPlan,
+    FollowQuarantine,
+    ShardDied,
+    Used,
+    Want,
+)
 from tests.gateway.outcomes import outcome
 
 TIMEOUT_S = 30.0
+HELD = Quarantined({7: 1.5}, {"acme/alpha@1": 2.5}, frozenset({8}))
 LARGE_BYTES = 16 * 1024**2
 """Many times what a pipe holds."""
 
@@ -74,6 +88,9 @@ async def test_messages_arrive_whole_and_in_order(ends: tuple[AnyChannel, AnyCha
     sent = [
         Ask(1, Flush()),
         Ask(3, FollowPlan(Plan(((AdapterKey("default", "alpha"), 2),), 1))),
+        ShardDied("shard-0", True, HELD),
+        Ask(4, FollowQuarantine(HELD)),
+        Acquitted(2**64 - 1),
         Want("shard-0", VersionKey("default", "alpha", 3)),
         Used({AdapterKey("default", "alpha"): 3, None: 4}),
         Answer(2, {VersionKey("default", "alpha", 3): Use(1, 2.0)}),

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 from prometheus_client import REGISTRY
 
-from engine.errors import ShardUnavailable
+from engine.errors import CrashPart, ShardUnavailable
 from engine.fake import FakeShard, Script
 from engine.generation import GenerationRequest, ServedVersion, VersionKey
 from engine.pool import ServedView, ShardPool
@@ -121,6 +121,35 @@ async def test_no_more_are_tried_again_at_once_than_the_budget_allows() -> None:
     assert call.shard == stage.order[1], "they have ended, and there is room again"
 
 
+async def test_what_crashed_an_engine_alone_is_not_sent_to_another() -> None:
+    stage = Stage(Script(dies_after_tokens=0, crash_part=CrashPart.ALONE), Script(), Script())
+    with pytest.raises(ShardUnavailable, match=stage.order[0]):
+        await stage.run()
+    assert not stage.shards[stage.order[1]].aborted
+
+
+async def test_of_those_that_crashed_an_engine_together_one_is_tried_at_a_time() -> None:
+    crash = Script(dies_after_tokens=0, crash_part=CrashPart.SUSPECT)
+    stage = Stage(crash, Script(token_interval_s=0.05), Script())
+    runs = await asyncio.gather(*(stage.run() for _ in range(3)), return_exceptions=True)
+    failed = [run for run in runs if isinstance(run, ShardUnavailable)]
+    assert len(failed) == 2
+    call, _ = await stage.run()
+    assert call.shard == stage.order[1], "it has ended, and the next may go"
+
+
+def test_a_suspect_takes_its_place_in_the_budget_beside_others() -> None:
+    budget = RetryBudget(Admission(100))
+    with budget.retry(True):
+        assert not budget.has_room(True) and budget.has_room()
+        with budget.retry(), budget.retry():
+            assert not budget.has_room()
+    with budget.retry(), budget.retry():
+        assert budget.has_room(True)
+        with budget.retry():
+            assert not budget.has_room(True)
+
+
 @pytest.mark.parametrize(("active", "room"), [(0, 3), (20, 3), (30, 3), (31, 4), (100, 10)])
 def test_the_budget_is_a_tenth_of_what_is_active_and_three_at_least(active: int, room: int) -> None:
     admission = Admission(1000)
@@ -129,12 +158,12 @@ def test_the_budget_is_a_tenth_of_what_is_active_and_three_at_least(active: int,
         for _ in range(active):
             running.enter_context(admission.slot())
         taken = 0
-        while budget.has_room:
+        while budget.has_room():
             running.enter_context(budget.retry())
             taken += 1
         assert taken == room
         assert REGISTRY.get_sample_value("gateway_retry_budget_used") == pytest.approx(
             room / max(LEAST, active / 10)
         )
-    assert budget.has_room
+    assert budget.has_room()
     assert REGISTRY.get_sample_value("gateway_retry_budget_used") == 0.0

@@ -15,7 +15,7 @@ from engine.generation import Load
 from engine.ring import AdapterKey, ShardState
 from gateway.channel import Used
 from lora_gateway.v1 import adapters_pb2
-from tests.gateway.control_plane import TENANT, TIMEOUT_S, Plane, control_plane, named
+from tests.gateway.control_plane import KILLED, TENANT, TIMEOUT_S, Plane, control_plane, named
 from tests.gateway.three_shards import (
     drain,
     drains_of,
@@ -42,7 +42,7 @@ async def test_a_drained_shard_comes_back_drained_and_cold_and_is_warm_once_it_i
     await plane.ready(adapter)
     await drain(plane, "shard-1")
     shard: Any = plane.shards["shard-1"]
-    plane.control.lose("shard-1")
+    plane.control.lose("shard-1", KILLED)
     shard.loaded.clear()
     await plane.control.prepare(shard)
     await plane.control.admit("shard-1", no_slot)
@@ -55,7 +55,7 @@ async def test_a_drained_shard_comes_back_drained_and_cold_and_is_warm_once_it_i
 async def test_a_dead_shard_is_drained_and_stays_out_when_it_is_back(plane: Plane) -> None:
     (adapter,) = living_on("shard-1")
     await plane.ready(adapter)
-    plane.control.lose("shard-1")
+    plane.control.lose("shard-1", KILLED)
     assert not (await drain(plane, "shard-1")).moved
     shard: Any = plane.shards["shard-1"]
     shard.loaded.clear()
@@ -70,7 +70,7 @@ async def test_a_dead_shard_is_resumed_and_takes_requests_when_it_is_back(plane:
     (adapter,) = living_on("shard-1")
     await plane.ready(adapter)
     await drain(plane, "shard-1")
-    plane.control.lose("shard-1")
+    plane.control.lose("shard-1", KILLED)
     shard: Any = plane.shards["shard-1"]
     shard.loaded.clear()
     await resume(plane, "shard-1")
@@ -89,7 +89,7 @@ async def test_a_shard_that_dies_while_it_is_resumed_is_resumed(plane: Plane) ->
     shard.loading.clear()
     resuming = asyncio.create_task(resume(plane, "shard-1"))
     await shard.loading.wait()
-    plane.control.lose("shard-1")
+    plane.control.lose("shard-1", KILLED)
     await resuming
     assert not plane.control.drained
 

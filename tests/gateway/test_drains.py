@@ -16,7 +16,7 @@ from engine.ring import AdapterKey, Ring, ShardState
 from gateway import metrics
 from gateway.channel import Want
 from lora_gateway.v1 import adapters_pb2, admin_pb2
-from tests.gateway.control_plane import TENANT, TIMEOUT_S, Plane, control_plane, named
+from tests.gateway.control_plane import KILLED, TENANT, TIMEOUT_S, Plane, control_plane, named
 from tests.gateway.promises import refused
 from tests.gateway.three_shards import (
     NAMES,
@@ -223,7 +223,7 @@ async def test_a_shard_that_is_not_there_is_not_found(plane: Plane) -> None:
 
 async def test_the_last_open_shard_is_not_drained(plane: Plane) -> None:
     await drain(plane, "shard-0")
-    plane.control.lose("shard-1")
+    plane.control.lose("shard-1", KILLED)
     refusal = await refused(drain(plane, "shard-2"))
     assert (refusal.reason, refusal.metadata) == ("LAST_OPEN_SHARD", {"shard": "shard-2"})
     assert "SIGTERM" in refusal.message
@@ -234,7 +234,7 @@ async def test_the_last_open_shard_is_not_drained(plane: Plane) -> None:
 async def test_the_last_that_will_be_open_is_not_drained_either(plane: Plane) -> None:
     await drain(plane, "shard-0")
     await drain(plane, "shard-1")
-    plane.control.lose("shard-2")
+    plane.control.lose("shard-2", KILLED)
     assert (await refused(drain(plane, "shard-2"))).reason == "LAST_OPEN_SHARD"
 
 
@@ -255,7 +255,7 @@ async def test_a_drain_is_given_up_if_the_others_die_meanwhile(plane: Plane) -> 
     draining = asyncio.create_task(drain(plane, "shard-1"))
     await home.loading.wait()
     for name in ("shard-0", "shard-2"):
-        plane.control.lose(name)
+        plane.control.lose(name, KILLED)
     assert (await refused(draining)).reason == "LAST_OPEN_SHARD"
     assert not plane.control.drained
     assert not (await shards(plane))["shard-1"].HasField("drain")
@@ -269,7 +269,7 @@ async def test_if_the_next_home_dies_it_is_loaded_on_the_one_after(plane: Plane)
     plane.shards[second].loading.clear()
     draining = asyncio.create_task(drain(plane, "shard-1"))
     await plane.shards[second].loading.wait()
-    plane.control.lose(second)
+    plane.control.lose(second, KILLED)
     moved = (await draining).moved
     assert [(move.shard, bool(move.error)) for move in moved] == [(second, True), (third, False)]
     assert key_of(adapter) in plane.shards[third].loaded

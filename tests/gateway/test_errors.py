@@ -25,6 +25,7 @@ import trainer.errors
 from engine.errors import (
     AdapterInvalid,
     AdapterNotFound,
+    AdapterQuarantined,
     InvalidRequest,
     PromptTooLong,
     ShardUnavailable,
@@ -160,6 +161,12 @@ async def test_a_status_of_another_process_passes_unchanged(call: Call) -> None:
 async def test_what_may_pass_tells_when_to_try_again(error: Exception, call: Call) -> None:
     retry = details_of(status_of(error, call))["RetryInfo"]
     assert retry.retry_delay.ToMilliseconds() == RETRY_DELAY_S * 1000
+
+
+async def test_a_version_in_quarantine_tells_when_it_is_released(call: Call) -> None:
+    details = details_of(status_of(AdapterQuarantined("alpha", 2, 1_800_000_000.5, 90.5), call))
+    assert details["RetryInfo"].retry_delay.ToMilliseconds() == 90_500
+    assert details["ErrorInfo"].metadata["until"] == "2027-01-15T08:00:00Z"
 
 
 @pytest.mark.parametrize(

@@ -7,16 +7,22 @@ import itertools
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
 import pytest_asyncio
 
 from engine.core import EngineOptions
+from engine.core_death import CoreDeath
 from engine.errors import CoreFailed, ShardUnavailable
+from engine.fingerprint import tag
+from engine.screening import Screening
+from engine.step_record import StepRecord
 from gateway import keeper as module
 from gateway import metrics
-from gateway.keeper import TRANSITIONS, KeeperState, ShardKeeper
+from gateway.keeper import ShardKeeper
+from gateway.keeper_state import TRANSITIONS, KeeperState
 from gateway.restarts import Restarts
 
 STARTING, UP, DEAD = KeeperState.STARTING, KeeperState.UP, KeeperState.DEAD
@@ -41,11 +47,15 @@ class FakeShard:
         self.core = core
         self.broken = False
         self.closed = False
+        self.said_dead = False
+        self.verdict: bool | None = None
         self.called: list[str] = []
         self.dead = asyncio.Event()
 
-    async def call_core(self, utility: str, *arguments: int) -> Any:
+    async def call_core(self, utility: str, *arguments: int | str) -> Any:
         self.called.append(utility)
+        if utility == "gateway_record":
+            self.core.record = StepRecord(Path(str(arguments[0])), 2, 8, 2)
         return [4711] if utility == "gateway_adopt" else 3
 
     async def warm_up(self) -> None:
@@ -58,7 +68,8 @@ class FakeShard:
             await asyncio.sleep(timeout_s)
         return not self.core.stopped
 
-    def declare_dead(self) -> None:
+    def declare_dead(self, crashed: bool) -> None:
+        self.verdict = crashed
         self.broken = True
         self.dead.set()
 
@@ -76,6 +87,9 @@ class FakeCore:
         self.greets = True
         self.ends: list[str] = []
         self.slots_left = 63
+        self.code, self.is_stopped = -9, False
+        self.record_path = Path()
+        self.record: Any = None
         self.index = 1
         self.shard = FakeShard(self)
 
@@ -91,8 +105,8 @@ class FakeCore:
     async def ended(self) -> None:
         await self.died.wait()
 
-    def exit_reason(self) -> str:
-        return "killed by SIGKILL"
+    async def exit_code(self) -> int:
+        return self.code
 
     async def stop(self, ask: Callable[[], Any] | None = None) -> None:
         if ask is not None:
@@ -103,27 +117,33 @@ class FakeCore:
 class Stage:
     """A keeper, the cores that it starts, and all who follow it."""
 
-    def __init__(self) -> None:
+    def __init__(self, run_dir: Path) -> None:
+        self.run_dir = run_dir
         self.started: list[tuple[int, str]] = []
-        self.keeper = ShardKeeper(
-            *("shard-1", OPTIONS, nullcontext, STALL_S, Restarts(lambda: 0.0)),
-            started=lambda *process: self.started.append(process),
-        )
+        self.keeper = self.keeper_with(Restarts(lambda: 0.0))
         self.planned: list[FakeCore | Exception] = []
         """What the next starts come to; a core that lives if nothing is said."""
         self.cores: list[FakeCore] = []
         self.told: list[str] = []
+        self.deaths: list[CoreDeath] = []
         self.may_prepare = asyncio.Event()
         self.may_prepare.set()
 
-    async def start_core(self) -> FakeCore:
+    def keeper_with(self, restarts: Restarts | None = None) -> ShardKeeper:
+        rest = STALL_S, self.run_dir, Screening(), restarts
+        tell = lambda *process: self.started.append(process)  # noqa: E731
+        return ShardKeeper("shard-1", OPTIONS, nullcontext, *rest, started=tell)
+
+    async def start_core(self, record_path: Path) -> FakeCore:
         planned = self.planned.pop(0) if self.planned else FakeCore()
         if isinstance(planned, Exception):
             raise planned
+        planned.record_path = record_path
         self.cores.append(planned)
         return planned
 
-    def lose(self, shard: str) -> None:
+    def lose(self, shard: str, death: CoreDeath) -> None:
+        self.deaths.append(death)
         self.told.append(f"lost {self.keeper.state.value}")
 
     async def prepare(self, shard: Any) -> None:
@@ -144,20 +164,22 @@ OPTIONS: Any = object.__new__(EngineOptions)
 
 
 @pytest_asyncio.fixture
-async def stage(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Stage]:
+async def stage(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> AsyncIterator[Stage]:
     """A keeper whose first core is up, and which keeps."""
-    at = Stage()
+    at = Stage(tmp_path)
 
     class Cores:
         @staticmethod
-        async def start(name: str, config: Any, environment: Any, started: Any) -> Any:
-            core = await at.start_core()
+        async def start(
+            name: str, config: Any, record_path: Path, environment: Any, started: Any
+        ) -> Any:
+            core = await at.start_core(record_path)
             started(42, f"core of {name}")
             return core
 
     class Shards:
         @staticmethod
-        def attach(core: FakeCore) -> FakeShard:
+        def attach(core: FakeCore, screening: Screening) -> FakeShard:
             if not core.greets:
                 raise TimeoutError
             return core.shard
@@ -185,7 +207,7 @@ def value(metric: Any, *labels: str) -> float:
 def test_a_shard_makes_the_moves_that_are_allowed_and_no_other(
     before: KeeperState, after: KeeperState
 ) -> None:
-    keeper = ShardKeeper("shard-1", OPTIONS, nullcontext, STALL_S)
+    keeper = Stage(Path()).keeper
     keeper.state = before
     if (before, after) in ALLOWED:
         keeper.move(after)
@@ -369,7 +391,9 @@ async def test_a_death_is_told_and_so_is_a_wait(
 async def test_before_the_gateway_serves_a_death_ends_it(
     stage: Stage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    starting = ShardKeeper("shard-1", OPTIONS, nullcontext, STALL_S)
+    stage.run_dir /= "other"
+    stage.run_dir.mkdir()
+    starting = stage.keeper_with()
     await starting.start()
     stage.cores[-1].died.set()
     with pytest.raises(CoreFailed, match="shard-1 ended: killed by SIGKILL; the gateway ends"):
@@ -383,3 +407,17 @@ async def test_a_core_that_lives_is_ended_in_order(stage: Stage) -> None:
     await stage.keeper.stop()
     assert core.ends == ["in order"] and core.shard.called[-1] == "gateway_stop"
     assert core.shard.closed
+
+
+async def test_all_are_told_what_a_core_computed_whose_record_stays_until_the_next_one_died(
+    stage: Stage,
+) -> None:
+    for count in (2, 3, 4):
+        core = stage.cores[-1]
+        core.record.begin([tag("a", count)], [], [""])
+        core.code = -11
+        core.died.set()
+        await stage.until(UP, count)
+        assert stage.deaths[-1].crashed and core.shard.verdict
+        assert {request.fingerprint for request in stage.deaths[-1].steps.fresh} == {count}
+    assert {path.name for path in stage.run_dir.iterdir()} == {"shard-1-2.steps", "shard-1-3.steps"}

@@ -11,6 +11,7 @@ import pytest
 from engine.errors import AdapterLoadFailed
 from engine.generation import VersionKey
 from engine.pool import ServedAdapter
+from engine.quarantine import Quarantined
 from engine.residents import Residents, Use
 from engine.split import Split
 from gateway import processes as processes_module
@@ -19,6 +20,7 @@ from gateway.channel import (
     Ask,
     Ended,
     Flush,
+    FollowQuarantine,
     Leave,
     Loaded,
     LoadFailed,
@@ -266,6 +268,21 @@ def outcomes_in(message: Unasked) -> list[Any]:
     return list(message.outcomes) if isinstance(message, Ended) else []
 
 
+async def test_what_is_quarantined_is_followed_by_all_workers(
+    monkeypatch: pytest.MonkeyPatch, residents: Residents
+) -> None:
+    asked: list[Question] = []
+
+    def script(worker: ScriptedWorker, question: Question) -> Any:
+        asked.append(question)
+
+    held = Quarantined(versions={"acme/alpha@1": 1.0})
+    async with serving_fleet(monkeypatch, 2, script) as (fleet, _):
+        async with asyncio.timeout(TIMEOUT_S):
+            await processes_of(fleet, residents).screen(held)
+    assert asked == [FollowQuarantine(held)] * 2
+
+
 class Slot:
     """A worker's way into a new core."""
 
@@ -291,13 +308,14 @@ async def test_each_worker_gets_a_slot_of_its_own_on_a_shard_that_is_back(
 
     async with serving_fleet(monkeypatch, 2, script) as (fleet, workers):
         processes = processes_of(fleet, residents)
-        processes.lose(SHARD)
+        processes.lose(SHARD, True, Quarantined(requests={7: 1.0}))
         async with asyncio.timeout(TIMEOUT_S):
             await processes.admit(SHARD, [ALPHA], take_slot)
         assert len(taken) == 2 and {worker.slots[-1] for worker in workers} == set(taken)
         assert [slot.closed for slot in taken] == [1, 1], "they have copies of their own"
         for worker in workers:
-            assert any(isinstance(message, ShardDied) for message in worker.heard)
+            (died,) = (message for message in worker.heard if isinstance(message, ShardDied))
+            assert died.crashed and died.quarantined.requests == {7: 1.0}
 
 
 async def test_of_a_shard_that_is_gone_the_host_uses_nothing(residents: Residents) -> None:

@@ -14,9 +14,9 @@ import pytest_asyncio
 
 from gateway import renewal as module
 from gateway.channel import Placed
-from gateway.keeper import KeeperState
+from gateway.keeper_state import KeeperState
 from gateway.renewal import LAST_SLOTS, LOW_SLOTS, Renewal
-from tests.gateway.control_plane import TIMEOUT_S, Plane, control_plane
+from tests.gateway.control_plane import KILLED, TIMEOUT_S, Plane, control_plane
 from tests.gateway.three_shards import drain, key_of, living_on, order, shards
 
 
@@ -118,7 +118,7 @@ async def test_a_core_that_dies_meanwhile_needs_no_renewal(plane: Plane) -> None
         while plane.control.drained != {"shard-1"}:
             await asyncio.sleep(0.01)
     plane.keepers["shard-1"].state = KeeperState.DEAD
-    plane.control.lose("shard-1")
+    plane.control.lose("shard-1", KILLED)
     await looking
     assert not renewed(plane) and not plane.control.drained
     await renewal_of(plane).look()

@@ -16,7 +16,7 @@ from engine.ring import AdapterKey, Ring, ShardState
 from gateway.channel import Used, Want
 from lora_gateway.v1 import adapters_pb2 as pb
 from tests.details import error_info
-from tests.gateway.control_plane import TENANT, TIMEOUT_S, Plane, control_plane, named
+from tests.gateway.control_plane import KILLED, TENANT, TIMEOUT_S, Plane, control_plane, named
 
 NAMES = ("shard-0", "shard-1")
 RING = Ring(dict.fromkeys(NAMES, ShardState.UP))
@@ -138,8 +138,8 @@ async def test_a_lost_shard_gets_what_it_had_and_what_others_stood_in_for(plane:
     await plane.ready(idle, no_traffic=True)
     await plane.ready(other)
     lost = plane.shards["shard-1"]
-    plane.control.lose("shard-1")
-    plane.control.lose("shard-1")
+    plane.control.lose("shard-1", KILLED)
+    plane.control.lose("shard-1", KILLED)
     lost.loaded.clear()
     for adapter in (mine, "late"):  # traffic goes on where the shard is up
         await plane.ready(adapter)
@@ -160,7 +160,7 @@ async def test_a_lost_shard_gets_what_it_had_and_what_others_stood_in_for(plane:
 async def test_a_deletion_does_not_wait_for_a_shard_that_is_gone(plane: Plane) -> None:
     adapter = living_on("shard-1")
     await plane.ready(adapter, no_traffic=True)
-    plane.control.lose("shard-1")
+    plane.control.lose("shard-1", KILLED)
     request = named(pb.DeleteAdapterVersionRequest, adapter)
     answer = await plane.stub.DeleteAdapterVersion(request, timeout=TIMEOUT_S)
     assert answer.adapter_version.state == pb.VERSION_STATE_DELETED
@@ -176,7 +176,7 @@ async def test_a_load_that_waits_when_its_shard_dies_is_told(plane: Plane) -> No
     request = named(pb.LoadAdapterVersionRequest, adapter)
     loading = asyncio.ensure_future(plane.stub.LoadAdapterVersion(request, timeout=TIMEOUT_S))
     await shard.loading.wait()
-    plane.control.lose("shard-1")
+    plane.control.lose("shard-1", KILLED)
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await loading
     assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
@@ -195,7 +195,7 @@ async def test_a_validation_that_a_dead_shard_broke_off_goes_on_when_it_is_back(
     await plane.stub.CreateAdapterVersion(request)
     async with asyncio.timeout(TIMEOUT_S):
         await shard.loading.wait()
-    plane.control.lose("shard-1")
+    plane.control.lose("shard-1", KILLED)
     shard.may_load.set()
     catalog = plane.control._catalog
     assert catalog is not None
@@ -212,7 +212,7 @@ async def test_a_validation_that_a_dead_shard_broke_off_goes_on_when_it_is_back(
 async def test_without_any_shard_callers_are_told_to_come_back(plane: Plane) -> None:
     await plane.ready("sql")
     for name in NAMES:
-        plane.control.lose(name)
+        plane.control.lose(name, KILLED)
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await plane.stub.LoadAdapterVersion(named(pb.LoadAdapterVersionRequest))
     assert caught.value.code() is grpc.StatusCode.UNAVAILABLE

@@ -16,10 +16,12 @@ import pytest_asyncio
 from engine.core import EngineOptions
 from engine.generation import Load, VersionKey
 from engine.ring import AdapterKey
+from engine.screening import Screening
 from gateway import shard_sight
 from gateway.adapter_sight import ADAPTERS_SHOWN, OUTCOMES_READ, WINDOW_S
 from gateway.channel import Ended, Used
-from gateway.keeper import KeeperState, Note, ShardKeeper
+from gateway.keeper import Note, ShardKeeper
+from gateway.keeper_state import KeeperState
 from gateway.settings import Settings
 from gateway.shard_sight import RESIDENTS_SHOWN, SHARDS_ASKED, ShardSight
 from gateway.status import Phase, ShardStatus, encode
@@ -43,7 +45,7 @@ class FakeFleet:
 
 
 def keeper_of(shard: LoadableShard, state: KeeperState = KeeperState.UP) -> ShardKeeper:
-    keeper = ShardKeeper(shard.name, OPTIONS, nullcontext, 1.0)
+    keeper = ShardKeeper(shard.name, OPTIONS, nullcontext, 1.0, Path(), Screening())
     keeper.state = state
     keeper.shard = cast(Any, shard if state is KeeperState.UP else None)
     return keeper

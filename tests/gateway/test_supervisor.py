@@ -10,7 +10,7 @@ import pytest
 
 from engine.errors import CoreFailed, SlotsUsedUp
 from gateway import supervisor as module
-from gateway.keeper import KeeperState
+from gateway.keeper_state import KeeperState
 from gateway.supervisor import Supervisor
 
 CONFIG: Any = object()

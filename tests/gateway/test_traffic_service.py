@@ -12,8 +12,11 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
+from engine.core_death import CoreDeath
 from engine.errors import GenerationFailed
+from engine.fingerprint import Tagged
 from engine.generation import VersionKey
+from engine.step_record import Steps
 from gateway import judgement
 from gateway.channel import Ended
 from lora_gateway.v1 import adapters_pb2 as pb
@@ -154,6 +157,18 @@ async def test_the_guard_rolls_a_bad_split_back_by_itself(plane: Plane) -> None:
     adapter = await adapter_of(plane)
     assert arms_of(adapter) == {1: 100}
     assert not adapter.HasField("guard")
+
+
+async def test_the_guard_rolls_a_split_back_whose_new_version_is_quarantined(plane: Plane) -> None:
+    guard = pb.TrafficGuard(version=2, min_requests=20, max_error_ratio=0.5)
+    begin = await plane.registry.last_sequence()
+    await plane.stub.SetTraffic(split((1, 50), (2, 50), guard=guard))
+    for request in (Tagged("a", 1), Tagged("b", 2)):
+        steps = Steps(fresh=frozenset({request}), versions=frozenset({"default/sql@2"}))
+        plane.control.crashes.judge("shard-0", CoreDeath("killed by SIGSEGV", True, steps))
+    event = await until_rolled_back(plane, begin)
+    assert event.reason == "an engine crashed twice on its requests, and it is quarantined"
+    assert arms_of(await adapter_of(plane)) == {1: 100}
 
 
 async def test_the_guard_leaves_a_good_split_alone(plane: Plane) -> None:

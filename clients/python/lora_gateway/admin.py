@@ -10,9 +10,13 @@ from lora_gateway.v1.admin_pb2 import (
     DrainShardResponse,
     ExplainRouteRequest,
     ExplainRouteResponse,
+    LiftQuarantineRequest,
+    ListQuarantineRequest,
+    ListQuarantineResponse,
     ListShardsRequest,
     ResumeShardRequest,
     Shard,
+    VersionName,
 )
 from lora_gateway.v1.admin_pb2_grpc import AdminStub
 
@@ -104,3 +108,31 @@ class AdminClient:
         """
         request = ExplainRouteRequest(adapter=adapter, version=version, session_id=session_id)
         return await self._calls.unary(self._stub.ExplainRoute, request, timeout_s, metadata)
+
+    async def list_quarantine(
+        self, *, timeout_s: float | None = None, metadata: Metadata | None = None
+    ) -> ListQuarantineResponse:
+        """Which requests and versions are refused, because engines crashed twice on them."""
+        return await self._calls.unary(
+            self._stub.ListQuarantine, ListQuarantineRequest(), timeout_s, metadata
+        )
+
+    async def lift_quarantine(
+        self,
+        subject: str | VersionName,
+        *,
+        timeout_s: float | None = None,
+        metadata: Metadata | None = None,
+    ) -> bool:
+        """Release one of them at once. False if it was not in quarantine.
+
+        Args:
+            subject: the fingerprint of a request, or a version.
+        """
+        request = (
+            LiftQuarantineRequest(fingerprint=subject)
+            if isinstance(subject, str)
+            else LiftQuarantineRequest(version=subject)
+        )
+        response = await self._calls.unary(self._stub.LiftQuarantine, request, timeout_s, metadata)
+        return response.lifted

@@ -765,3 +765,177 @@ class ExplainRouteResponse(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["shard", b"shard", "shards", b"shards", "splits", b"splits", "version", b"version", "version_reason", b"version_reason", "workers", b"workers"]) -> None: ...
 
 Global___ExplainRouteResponse: typing_extensions.TypeAlias = ExplainRouteResponse
+
+@typing.final
+class QuarantinedRequest(google.protobuf.message.Message):
+    """QuarantinedRequest is one that is refused: same tenant, version, prompt and
+    sampling parameters, whatever the seed.
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    FINGERPRINT_FIELD_NUMBER: builtins.int
+    UNTIL_TIME_FIELD_NUMBER: builtins.int
+    fingerprint: builtins.str
+    """fingerprint of it, 16 hex digits; the log and its callers' errors have it too."""
+    @property
+    def until_time(self) -> google.protobuf.timestamp_pb2.Timestamp:
+        """until_time is when it is released by itself."""
+
+    def __init__(
+        self,
+        *,
+        fingerprint: builtins.str = ...,
+        until_time: google.protobuf.timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["until_time", b"until_time"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["fingerprint", b"fingerprint", "until_time", b"until_time"]) -> None: ...
+
+Global___QuarantinedRequest: typing_extensions.TypeAlias = QuarantinedRequest
+
+@typing.final
+class QuarantinedVersion(google.protobuf.message.Message):
+    """QuarantinedVersion is an adapter version all requests of which are refused."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    TENANT_FIELD_NUMBER: builtins.int
+    ADAPTER_FIELD_NUMBER: builtins.int
+    VERSION_FIELD_NUMBER: builtins.int
+    UNTIL_TIME_FIELD_NUMBER: builtins.int
+    tenant: builtins.str
+    """tenant that it belongs to; `default` until there is authentication."""
+    adapter: builtins.str
+    """adapter is its name."""
+    version: builtins.int
+    """version is its number."""
+    @property
+    def until_time(self) -> google.protobuf.timestamp_pb2.Timestamp:
+        """until_time is when it is released by itself."""
+
+    def __init__(
+        self,
+        *,
+        tenant: builtins.str = ...,
+        adapter: builtins.str = ...,
+        version: builtins.int = ...,
+        until_time: google.protobuf.timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["until_time", b"until_time"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["adapter", b"adapter", "tenant", b"tenant", "until_time", b"until_time", "version", b"version"]) -> None: ...
+
+Global___QuarantinedVersion: typing_extensions.TypeAlias = QuarantinedVersion
+
+@typing.final
+class ListQuarantineRequest(google.protobuf.message.Message):
+    """ListQuarantineRequest has no fields."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+
+Global___ListQuarantineRequest: typing_extensions.TypeAlias = ListQuarantineRequest
+
+@typing.final
+class ListQuarantineResponse(google.protobuf.message.Message):
+    """ListQuarantineResponse is the answer to ListQuarantine."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    REQUESTS_FIELD_NUMBER: builtins.int
+    VERSIONS_FIELD_NUMBER: builtins.int
+    SUSPECT_COUNT_FIELD_NUMBER: builtins.int
+    suspect_count: builtins.int
+    """suspect_count is how many requests were in one crash within the last hour, and
+    were not answered since. They are served.
+    """
+    @property
+    def requests(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___QuarantinedRequest]:
+        """requests that are refused, at most 256; who came last is the last."""
+
+    @property
+    def versions(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___QuarantinedVersion]:
+        """versions that are refused, at most 256; who came last is the last."""
+
+    def __init__(
+        self,
+        *,
+        requests: collections.abc.Iterable[Global___QuarantinedRequest] | None = ...,
+        versions: collections.abc.Iterable[Global___QuarantinedVersion] | None = ...,
+        suspect_count: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["requests", b"requests", "suspect_count", b"suspect_count", "versions", b"versions"]) -> None: ...
+
+Global___ListQuarantineResponse: typing_extensions.TypeAlias = ListQuarantineResponse
+
+@typing.final
+class VersionName(google.protobuf.message.Message):
+    """VersionName names an adapter version over all tenants."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    TENANT_FIELD_NUMBER: builtins.int
+    ADAPTER_FIELD_NUMBER: builtins.int
+    VERSION_FIELD_NUMBER: builtins.int
+    tenant: builtins.str
+    """tenant that it belongs to. Empty: `default`."""
+    adapter: builtins.str
+    """adapter is its name. Required."""
+    version: builtins.int
+    """version is its number. Required."""
+    def __init__(
+        self,
+        *,
+        tenant: builtins.str = ...,
+        adapter: builtins.str = ...,
+        version: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["adapter", b"adapter", "tenant", b"tenant", "version", b"version"]) -> None: ...
+
+Global___VersionName: typing_extensions.TypeAlias = VersionName
+
+@typing.final
+class LiftQuarantineRequest(google.protobuf.message.Message):
+    """LiftQuarantineRequest names what to release."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    FINGERPRINT_FIELD_NUMBER: builtins.int
+    VERSION_FIELD_NUMBER: builtins.int
+    fingerprint: builtins.str
+    """fingerprint of a request, 16 hex digits."""
+    @property
+    def version(self) -> Global___VersionName:
+        """version of an adapter."""
+
+    def __init__(
+        self,
+        *,
+        fingerprint: builtins.str = ...,
+        version: Global___VersionName | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["fingerprint", b"fingerprint", "subject", b"subject", "version", b"version"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["fingerprint", b"fingerprint", "subject", b"subject", "version", b"version"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["subject", b"subject"]) -> typing.Literal["fingerprint", "version"] | None: ...
+
+Global___LiftQuarantineRequest: typing_extensions.TypeAlias = LiftQuarantineRequest
+
+@typing.final
+class LiftQuarantineResponse(google.protobuf.message.Message):
+    """LiftQuarantineResponse is the answer to LiftQuarantine."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    LIFTED_FIELD_NUMBER: builtins.int
+    lifted: builtins.bool
+    """lifted: it was in quarantine, and is not any more. False: it was not."""
+    def __init__(
+        self,
+        *,
+        lifted: builtins.bool = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["lifted", b"lifted"]) -> None: ...
+
+Global___LiftQuarantineResponse: typing_extensions.TypeAlias = LiftQuarantineResponse

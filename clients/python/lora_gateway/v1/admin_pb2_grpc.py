@@ -62,6 +62,16 @@ class AdminStub(object):
                 request_serializer=lora__gateway_dot_v1_dot_admin__pb2.ExplainRouteRequest.SerializeToString,
                 response_deserializer=lora__gateway_dot_v1_dot_admin__pb2.ExplainRouteResponse.FromString,
                 _registered_method=True)
+        self.ListQuarantine = channel.unary_unary(
+                '/lora_gateway.v1.Admin/ListQuarantine',
+                request_serializer=lora__gateway_dot_v1_dot_admin__pb2.ListQuarantineRequest.SerializeToString,
+                response_deserializer=lora__gateway_dot_v1_dot_admin__pb2.ListQuarantineResponse.FromString,
+                _registered_method=True)
+        self.LiftQuarantine = channel.unary_unary(
+                '/lora_gateway.v1.Admin/LiftQuarantine',
+                request_serializer=lora__gateway_dot_v1_dot_admin__pb2.LiftQuarantineRequest.SerializeToString,
+                response_deserializer=lora__gateway_dot_v1_dot_admin__pb2.LiftQuarantineResponse.FromString,
+                _registered_method=True)
 
 
 class AdminServicer(object):
@@ -123,6 +133,23 @@ class AdminServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListQuarantine(self, request, context):
+        """ListQuarantine tells which requests and adapter versions are refused, because
+        engines crashed twice while they computed them (POISON_REQUEST,
+        ADAPTER_QUARANTINED).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def LiftQuarantine(self, request, context):
+        """LiftQuarantine releases one of them at once, in all workers, and forgets the
+        crashes that it was accused of.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AdminServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -145,6 +172,16 @@ def add_AdminServicer_to_server(servicer, server):
                     servicer.ExplainRoute,
                     request_deserializer=lora__gateway_dot_v1_dot_admin__pb2.ExplainRouteRequest.FromString,
                     response_serializer=lora__gateway_dot_v1_dot_admin__pb2.ExplainRouteResponse.SerializeToString,
+            ),
+            'ListQuarantine': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListQuarantine,
+                    request_deserializer=lora__gateway_dot_v1_dot_admin__pb2.ListQuarantineRequest.FromString,
+                    response_serializer=lora__gateway_dot_v1_dot_admin__pb2.ListQuarantineResponse.SerializeToString,
+            ),
+            'LiftQuarantine': grpc.unary_unary_rpc_method_handler(
+                    servicer.LiftQuarantine,
+                    request_deserializer=lora__gateway_dot_v1_dot_admin__pb2.LiftQuarantineRequest.FromString,
+                    response_serializer=lora__gateway_dot_v1_dot_admin__pb2.LiftQuarantineResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -263,6 +300,60 @@ class Admin(object):
             '/lora_gateway.v1.Admin/ExplainRoute',
             lora__gateway_dot_v1_dot_admin__pb2.ExplainRouteRequest.SerializeToString,
             lora__gateway_dot_v1_dot_admin__pb2.ExplainRouteResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListQuarantine(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lora_gateway.v1.Admin/ListQuarantine',
+            lora__gateway_dot_v1_dot_admin__pb2.ListQuarantineRequest.SerializeToString,
+            lora__gateway_dot_v1_dot_admin__pb2.ListQuarantineResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def LiftQuarantine(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lora_gateway.v1.Admin/LiftQuarantine',
+            lora__gateway_dot_v1_dot_admin__pb2.LiftQuarantineRequest.SerializeToString,
+            lora__gateway_dot_v1_dot_admin__pb2.LiftQuarantineResponse.FromString,
             options,
             channel_credentials,
             insecure,

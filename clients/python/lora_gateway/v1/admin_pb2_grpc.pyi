@@ -89,7 +89,39 @@ _AdminExplainRouteType = typing_extensions.TypeVar(
     ],
 )
 
-class AdminStub(typing.Generic[_AdminListShardsType, _AdminDrainShardType, _AdminResumeShardType, _AdminExplainRouteType]):
+_AdminListQuarantineType = typing_extensions.TypeVar(
+    '_AdminListQuarantineType',
+    grpc.UnaryUnaryMultiCallable[
+        lora_gateway.v1.admin_pb2.ListQuarantineRequest,
+        lora_gateway.v1.admin_pb2.ListQuarantineResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        lora_gateway.v1.admin_pb2.ListQuarantineRequest,
+        lora_gateway.v1.admin_pb2.ListQuarantineResponse,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        lora_gateway.v1.admin_pb2.ListQuarantineRequest,
+        lora_gateway.v1.admin_pb2.ListQuarantineResponse,
+    ],
+)
+
+_AdminLiftQuarantineType = typing_extensions.TypeVar(
+    '_AdminLiftQuarantineType',
+    grpc.UnaryUnaryMultiCallable[
+        lora_gateway.v1.admin_pb2.LiftQuarantineRequest,
+        lora_gateway.v1.admin_pb2.LiftQuarantineResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        lora_gateway.v1.admin_pb2.LiftQuarantineRequest,
+        lora_gateway.v1.admin_pb2.LiftQuarantineResponse,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        lora_gateway.v1.admin_pb2.LiftQuarantineRequest,
+        lora_gateway.v1.admin_pb2.LiftQuarantineResponse,
+    ],
+)
+
+class AdminStub(typing.Generic[_AdminListShardsType, _AdminDrainShardType, _AdminResumeShardType, _AdminExplainRouteType, _AdminListQuarantineType, _AdminLiftQuarantineType]):
     """Admin is for whoever runs the gateway: its shards, and why a request goes
     where it goes.
 
@@ -118,6 +150,14 @@ class AdminStub(typing.Generic[_AdminListShardsType, _AdminDrainShardType, _Admi
             lora_gateway.v1.admin_pb2.ExplainRouteRequest,
             lora_gateway.v1.admin_pb2.ExplainRouteResponse,
         ],
+        grpc.UnaryUnaryMultiCallable[
+            lora_gateway.v1.admin_pb2.ListQuarantineRequest,
+            lora_gateway.v1.admin_pb2.ListQuarantineResponse,
+        ],
+        grpc.UnaryUnaryMultiCallable[
+            lora_gateway.v1.admin_pb2.LiftQuarantineRequest,
+            lora_gateway.v1.admin_pb2.LiftQuarantineResponse,
+        ],
     ], channel: grpc.Channel) -> None: ...
 
     @typing.overload
@@ -137,6 +177,14 @@ class AdminStub(typing.Generic[_AdminListShardsType, _AdminDrainShardType, _Admi
         grpc.aio.UnaryUnaryMultiCallable[
             lora_gateway.v1.admin_pb2.ExplainRouteRequest,
             lora_gateway.v1.admin_pb2.ExplainRouteResponse,
+        ],
+        grpc.aio.UnaryUnaryMultiCallable[
+            lora_gateway.v1.admin_pb2.ListQuarantineRequest,
+            lora_gateway.v1.admin_pb2.ListQuarantineResponse,
+        ],
+        grpc.aio.UnaryUnaryMultiCallable[
+            lora_gateway.v1.admin_pb2.LiftQuarantineRequest,
+            lora_gateway.v1.admin_pb2.LiftQuarantineResponse,
         ],
     ], channel: grpc.aio.Channel) -> None: ...
 
@@ -176,6 +224,17 @@ class AdminStub(typing.Generic[_AdminListShardsType, _AdminDrainShardType, _Admi
     in flight itself, so each tells its own choice.
     """
 
+    ListQuarantine: _AdminListQuarantineType
+    """ListQuarantine tells which requests and adapter versions are refused, because
+    engines crashed twice while they computed them (POISON_REQUEST,
+    ADAPTER_QUARANTINED).
+    """
+
+    LiftQuarantine: _AdminLiftQuarantineType
+    """LiftQuarantine releases one of them at once, in all workers, and forgets the
+    crashes that it was accused of.
+    """
+
 AdminAsyncStub: typing_extensions.TypeAlias = AdminStub[
     grpc.aio.UnaryUnaryMultiCallable[
         lora_gateway.v1.admin_pb2.ListShardsRequest,
@@ -192,6 +251,14 @@ AdminAsyncStub: typing_extensions.TypeAlias = AdminStub[
     grpc.aio.UnaryUnaryMultiCallable[
         lora_gateway.v1.admin_pb2.ExplainRouteRequest,
         lora_gateway.v1.admin_pb2.ExplainRouteResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        lora_gateway.v1.admin_pb2.ListQuarantineRequest,
+        lora_gateway.v1.admin_pb2.ListQuarantineResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        lora_gateway.v1.admin_pb2.LiftQuarantineRequest,
+        lora_gateway.v1.admin_pb2.LiftQuarantineResponse,
     ],
 ]
 
@@ -260,6 +327,27 @@ class AdminServicer(metaclass=abc.ABCMeta):
         """ExplainRoute tells which version and which shard a request would get now,
         and by what. Nothing is sent to a shard. Each worker chooses by what it has
         in flight itself, so each tells its own choice.
+        """
+
+    @abc.abstractmethod
+    def ListQuarantine(
+        self,
+        request: lora_gateway.v1.admin_pb2.ListQuarantineRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[lora_gateway.v1.admin_pb2.ListQuarantineResponse, collections.abc.Awaitable[lora_gateway.v1.admin_pb2.ListQuarantineResponse]]:
+        """ListQuarantine tells which requests and adapter versions are refused, because
+        engines crashed twice while they computed them (POISON_REQUEST,
+        ADAPTER_QUARANTINED).
+        """
+
+    @abc.abstractmethod
+    def LiftQuarantine(
+        self,
+        request: lora_gateway.v1.admin_pb2.LiftQuarantineRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[lora_gateway.v1.admin_pb2.LiftQuarantineResponse, collections.abc.Awaitable[lora_gateway.v1.admin_pb2.LiftQuarantineResponse]]:
+        """LiftQuarantine releases one of them at once, in all workers, and forgets the
+        crashes that it was accused of.
         """
 
 def add_AdminServicer_to_server(servicer: AdminServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...

@@ -56,6 +56,14 @@ class _ErrorReasonEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._En
     send `text` or `token_ids`.
     Code FAILED_PRECONDITION. Metadata: `base_model`.
     """
+    ERROR_REASON_POISON_REQUEST: _ErrorReason.ValueType  # 8
+    """ERROR_REASON_POISON_REQUEST: engines crashed twice while they computed this
+    request: same tenant, version, prompt and sampling, whatever the seed. It is
+    refused for an hour from the second crash. Send another prompt; the operator
+    sees which requests those were in the gateway's log.
+    Code INVALID_ARGUMENT with BadRequest. Metadata: `field`, `fingerprint` (16
+    hex digits), `until` (RFC 3339).
+    """
     ERROR_REASON_CHAT_TEMPLATE_REFUSED: _ErrorReason.ValueType  # 7
     """ERROR_REASON_CHAT_TEMPLATE_REFUSED: the model's chat template refuses these
     messages (for example two user turns in a row). The message says why.
@@ -111,6 +119,13 @@ class _ErrorReasonEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._En
     """ERROR_REASON_NOTHING_TO_ROLL_BACK: the adapter has no earlier split, or a
     version of it is not READY any more.
     Code FAILED_PRECONDITION. Metadata: `adapter`.
+    """
+    ERROR_REASON_ADAPTER_QUARANTINED: _ErrorReason.ValueType  # 26
+    """ERROR_REASON_ADAPTER_QUARANTINED: engines crashed twice on requests of this
+    version. All its requests are refused for an hour from the second crash;
+    other versions are served. Name one of them, or roll the adapter back.
+    Code FAILED_PRECONDITION with RetryInfo (when it ends). Metadata: `adapter`,
+    `version`, `until` (RFC 3339).
     """
     ERROR_REASON_OVERLOADED: _ErrorReason.ValueType  # 20
     """ERROR_REASON_OVERLOADED: the gateway holds as many calls of this kind as it
@@ -332,6 +347,14 @@ ERROR_REASON_CHAT_TEMPLATE_MISSING: ErrorReason.ValueType  # 6
 send `text` or `token_ids`.
 Code FAILED_PRECONDITION. Metadata: `base_model`.
 """
+ERROR_REASON_POISON_REQUEST: ErrorReason.ValueType  # 8
+"""ERROR_REASON_POISON_REQUEST: engines crashed twice while they computed this
+request: same tenant, version, prompt and sampling, whatever the seed. It is
+refused for an hour from the second crash. Send another prompt; the operator
+sees which requests those were in the gateway's log.
+Code INVALID_ARGUMENT with BadRequest. Metadata: `field`, `fingerprint` (16
+hex digits), `until` (RFC 3339).
+"""
 ERROR_REASON_CHAT_TEMPLATE_REFUSED: ErrorReason.ValueType  # 7
 """ERROR_REASON_CHAT_TEMPLATE_REFUSED: the model's chat template refuses these
 messages (for example two user turns in a row). The message says why.
@@ -387,6 +410,13 @@ ERROR_REASON_NOTHING_TO_ROLL_BACK: ErrorReason.ValueType  # 19
 """ERROR_REASON_NOTHING_TO_ROLL_BACK: the adapter has no earlier split, or a
 version of it is not READY any more.
 Code FAILED_PRECONDITION. Metadata: `adapter`.
+"""
+ERROR_REASON_ADAPTER_QUARANTINED: ErrorReason.ValueType  # 26
+"""ERROR_REASON_ADAPTER_QUARANTINED: engines crashed twice on requests of this
+version. All its requests are refused for an hour from the second crash;
+other versions are served. Name one of them, or roll the adapter back.
+Code FAILED_PRECONDITION with RetryInfo (when it ends). Metadata: `adapter`,
+`version`, `until` (RFC 3339).
 """
 ERROR_REASON_OVERLOADED: ErrorReason.ValueType  # 20
 """ERROR_REASON_OVERLOADED: the gateway holds as many calls of this kind as it
