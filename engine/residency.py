@@ -119,10 +119,12 @@ class Residency:
         observe_load: Callable[[str, float, bool], None] = lambda shard, duration_s, ok: None,
         observe_resident: Callable[[str, int], None] = lambda shard, count: None,
         observe_failure: Callable[[LoadFault], None] = lambda fault: None,
+        left: Callable[[VersionKey], None] = lambda key: None,
     ) -> None:
         """`observe_load` is told of each load: shard, seconds, whether it worked. And
         `observe_resident` how many versions the shard has loaded, whenever that changes;
-        `observe_failure` why a version is not, whenever those who wait for it are told."""
+        `observe_failure` why a version is not, whenever those who wait for it are told. `left` is
+        told of each version that nobody holds any more, before it is removed."""
         self._shard = shard
         self._capacity = places
         self._versions = versions
@@ -130,6 +132,7 @@ class Residency:
         self._observe_load = observe_load
         self._observe_resident = observe_resident
         self._observe_failure = observe_failure
+        self._tell_left = left
         self._places: dict[VersionKey, Place] = {}
         self._wanted: dict[VersionKey, asyncio.Future[ServedVersion]] = {}
         """In the order of arrival; the first is the next, or is being loaded."""
@@ -331,6 +334,7 @@ class Residency:
     ) -> None:
         try:
             await self._holders.leave(self.shard, key)
+            self._tell_left(key)
             while not await self._try_unload(key, version, removed):  # noqa: ASYNC110  # a call each
                 await asyncio.sleep(UNLOAD_RETRY_S)
         finally:

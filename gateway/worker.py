@@ -40,13 +40,15 @@ from gateway.channel import (
     NameAdapters,
     Orders,
     Question,
+    RecallSlot,
     Serving,
     ShardDied,
     ShardUp,
     ShowAdapter,
+    SlotGranted,
+    SlotWithdrawn,
     TellUses,
     Used,
-    Want,
     WorkerMessage,
 )
 from gateway.inference import Inference
@@ -107,14 +109,11 @@ class Worker:
         self._view = orders.view
         self._pool = ShardPool((), {}, self._view, orders.shards)
         self._pool.follow(orders.plan)
-        self._attachments = Attachments(
-            self._pool,
-            lambda shard, key: channel.send(Want(shard, key)),
-            self._lost,
-            settings.engine_stall_timeout_s,
-        )
+        stall_timeout_s = settings.engine_stall_timeout_s
+        self._attachments = Attachments(self._pool, channel.send, self._lost, stall_timeout_s)
         for slot in orders.slots:
-            shard = self._attachments.attach(slot, orders.resident[slot.shard])
+            name = slot.shard
+            shard = self._attachments.attach(slot, orders.resident[name], orders.granted[name])
             if shard is not None:
                 self._attachments.join(shard)
         if orders.slots and not self._pool.is_open:
@@ -184,9 +183,9 @@ class Worker:
         async with asyncio.TaskGroup() as tasks:
             while True:
                 match await self._channel.receive():
-                    case Ask(ticket, ShardUp(slot, resident)):
+                    case Ask(ticket, ShardUp(slot, resident, granted)):
                         # Attached before the next message, which may be about this shard.
-                        shard = self._attachments.attach(slot, resident)
+                        shard = self._attachments.attach(slot, resident, granted)
                         if shard is None:
                             self._channel.send(Answer(ticket))
                         else:
@@ -199,6 +198,12 @@ class Worker:
                     case LoadFailed(name, key, reason):
                         if (residents := self._attachments.residents(name)) is not None:
                             residents.failed(key, reason)
+                    case SlotGranted(name, key):
+                        if (residents := self._attachments.residents(name)) is not None:
+                            residents.slots.granted(key)
+                    case SlotWithdrawn(name, key):
+                        if (residents := self._attachments.residents(name)) is not None:
+                            residents.slots.withdrawn(key)
                     case ShardDied(name):
                         self._attachments.lose(name)
                     case NameAdapters(named):
@@ -223,6 +228,12 @@ class Worker:
                     self._channel.send(Answer(ticket))
                 else:
                     residents.leave(key, lambda: self._channel.send(Answer(ticket)))
+            case RecallSlot(shard, key):
+                residents = self._attachments.residents(shard)
+                if residents is None:
+                    self._channel.send(Answer(ticket))
+                else:
+                    residents.slots.recall(key, lambda: self._channel.send(Answer(ticket)))
             case TellUses(shard):
                 residents = self._attachments.residents(shard)
                 self._channel.send(Answer(ticket, {} if residents is None else residents.uses()))

@@ -30,6 +30,8 @@ from gateway.channel import (
     Question,
     Serving,
     ShardDied,
+    SlotGranted,
+    SlotWithdrawn,
     Unasked,
     WorkerMessage,
 )
@@ -98,7 +100,7 @@ class ScriptedWorker(WorkerProcess):
                         self.host.send(Answer(ticket, answer))
                 case Drain():
                     self.host.close()
-                case Loaded() | LoadFailed() | ShardDied():
+                case Loaded() | LoadFailed() | SlotGranted() | SlotWithdrawn() | ShardDied():
                     pass
 
 
@@ -152,6 +154,7 @@ def orders() -> Orders:
         fingerprints=ModelFingerprints("", "", "", ""),
         view=ServedView(),
         resident={},
+        granted={},
         plan=NO_REPLICAS,
         named=frozenset(),
     )

@@ -20,7 +20,19 @@ import pytest_asyncio
 from engine.generation import VersionKey
 from engine.residents import Use
 from engine.ring import AdapterKey, Plan
-from gateway.channel import Answer, Ask, Channel, Ended, Flush, FollowPlan, Used, Want
+from gateway.channel import (
+    Answer,
+    Ask,
+    Channel,
+    Ended,
+    Flush,
+    FollowPlan,
+    SlotGranted,
+    Used,
+    WaitsForSlot,
+    Want,
+    WentIdle,
+)
 from tests.gateway.outcomes import outcome
 
 TIMEOUT_S = 30.0
@@ -75,6 +87,9 @@ async def test_messages_arrive_whole_and_in_order(ends: tuple[AnyChannel, AnyCha
         Ask(1, Flush()),
         Ask(3, FollowPlan(Plan(((AdapterKey("default", "alpha"), 2),), 1))),
         Want("shard-0", VersionKey("default", "alpha", 3)),
+        WaitsForSlot("shard-0", VersionKey("default", "alpha", 3), 71, True),
+        WentIdle("shard-0"),
+        SlotGranted("shard-0", VersionKey("default", "alpha", 3)),
         Used({AdapterKey("default", "alpha"): 3, None: 4}),
         Answer(2, {VersionKey("default", "alpha", 3): Use(1, 2.0)}),
         Ended([outcome(request_id=f"r-{number}") for number in range(256)]),
