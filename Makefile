@@ -187,13 +187,14 @@ demo: $(READY) ## The whole story in minutes: serve, train, canary, evaluate, pr
 	@exec $(BIN)/python examples/demo.py $(ARGS)
 
 .PHONY: bench
-bench: $(DEV_READY) ## Measure the gateway against the bare engine; many adapters; imports; training; shards
+bench: $(DEV_READY) ## Measure the gateway against the bare engine; many adapters; imports; training; turns; shards
 	@$(BIN)/python -m tests.bench $(ARGS)
 	@$(BIN)/python -m tests.bench.adapters
 	@$(BIN)/python -m tests.bench.labels
 	@$(BIN)/python -m tests.bench.imports
 	@$(BIN)/python -m tests.bench.datasets
 	@$(BIN)/python -m tests.bench.training
+	@$(BIN)/python -m tests.bench.slots
 	@$(MAKE) bench-ring
 
 .PHONY: bench-ring

@@ -18,6 +18,7 @@ from engine.generation import ServedVersion, VersionKey
 from engine.residents import Resident, Residents
 from engine.ring import AdapterKey, Choice, NoShardOpen, Plan, Reason, Ring, ShardState
 from engine.shard import Shard
+from engine.slot_holds import Slot
 from engine.split import Split
 
 
@@ -65,17 +66,19 @@ class ServedView:
 
 
 class Lease:
-    """A place on a shard, and a version that stays loaded there, while a request runs: an async
-    context manager. The shard counts as busier for as long."""
+    """A place on a shard, a version that stays loaded there, and its slot in the batch, while a
+    request runs: an async context manager. The shard counts as busier for as long."""
 
-    __slots__ = ("_resident", "_route")
+    __slots__ = ("_resident", "_route", "_slot")
 
     def __init__(self, route: Route) -> None:
         self._route = route
         self._resident: Resident | None = None
+        self._slot: Slot | None = None
 
     async def __aenter__(self) -> ServedVersion | None:
-        """Waits while the version is loaded; None is the base model.
+        """Waits while the version is loaded, and then for its slot; None is the base model, which
+        needs neither.
 
         Raises AdapterLoadFailed, and ShardUnavailable if the shard dies meanwhile.
         """
@@ -84,11 +87,16 @@ class Lease:
         if route.key is None:
             return None
         try:
+            # In this order: who has a slot waits for nothing that others hold (ADR 0012).
             self._resident = await route.residents.hold(route.key)
+            version, slots = self._resident.version, route.residents.slots
+            self._slot = slots.enter(route.key, version.lora_int_id)
+            if self._slot is None:
+                self._slot = await slots.wait(route.key, version.lora_int_id)
         except BaseException:
-            route.in_flight[route.shard.name] -= 1
+            self._give_back()
             raise
-        return self._resident.version
+        return version
 
     async def __aexit__(
         self,
@@ -96,9 +104,15 @@ class Lease:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        self._give_back()
+
+    def _give_back(self) -> None:
+        residents = self._route.residents
         self._route.in_flight[self._route.shard.name] -= 1
+        if self._slot is not None:
+            residents.slots.leave(self._slot)
         if self._resident is not None:
-            self._route.residents.release(self._resident)
+            residents.release(self._resident)
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,9 +13,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from engine.errors import (
     AdapterLoadFailed,
@@ -25,6 +25,7 @@ from engine.errors import (
     ShardUnavailable,
 )
 from engine.generation import ServedVersion, VersionKey
+from engine.loader import Holders, Loader, Versions
 from engine.residents import Use
 
 logger = logging.getLogger(__name__)
@@ -39,46 +40,6 @@ UNLOAD_RETRY_S = 1.0
 
 SURVEY_INTERVAL_S = 1.0
 """How often is looked for an idle version, while all are in use."""
-
-
-class Loader(Protocol):
-    """The shard, for loading."""
-
-    @property
-    def name(self) -> str:
-        """Stable name, for example `shard-0`."""
-
-    async def load(self, version: ServedVersion) -> None:
-        """Load it. Raises GenerationFailed or ShardUnavailable."""
-
-    async def unload(self, version: ServedVersion) -> None:
-        """Remove it, also if it is not there; nothing runs on it. Raises ShardUnavailable."""
-
-
-class Versions(Protocol):
-    """Where versions to be loaded come from."""
-
-    async def find(self, key: VersionKey) -> ServedVersion:
-        """The version with its verified files. Raises EngineError if it may not be loaded."""
-
-    async def with_new_id(self, version: ServedVersion) -> ServedVersion:
-        """The same under an id that no engine has seen."""
-
-
-class Holders(Protocol):
-    """All processes that send requests to the shard."""
-
-    def loaded(self, shard: str, version: ServedVersion) -> None:
-        """Tell all that it is resident."""
-
-    def failed(self, shard: str, key: VersionKey, reason: str) -> None:
-        """Tell all that it could not be loaded."""
-
-    async def leave(self, shard: str, key: VersionKey) -> None:
-        """Tell all to hand it out no more; returns when nothing runs on it anywhere."""
-
-    async def uses(self, shard: str) -> Mapping[VersionKey, Use]:
-        """How it is used, over all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,10 +82,12 @@ class Residency:
         observe_load: Callable[[str, float, bool], None] = lambda shard, duration_s, ok: None,
         observe_resident: Callable[[str, int], None] = lambda shard, count: None,
         observe_failure: Callable[[LoadFault], None] = lambda fault: None,
+        left: Callable[[VersionKey], None] = lambda key: None,
     ) -> None:
         """`observe_load` is told of each load: shard, seconds, whether it worked. And
         `observe_resident` how many versions the shard has loaded, whenever that changes;
-        `observe_failure` why a version is not, whenever those who wait for it are told."""
+        `observe_failure` why a version is not, whenever those who wait for it are told. `left` is
+        told of each version that nobody holds any more, before it is removed."""
         self._shard = shard
         self._capacity = places
         self._used_elsewhere: dict[VersionKey, float] = {}
@@ -134,6 +97,7 @@ class Residency:
         self._observe_load = observe_load
         self._observe_resident = observe_resident
         self._observe_failure = observe_failure
+        self._tell_left = left
         self._places: dict[VersionKey, Place] = {}
         self._wanted: dict[VersionKey, asyncio.Future[ServedVersion]] = {}
         """In the order of arrival; the first is the next, or is being loaded."""
@@ -349,6 +313,7 @@ class Residency:
     ) -> None:
         try:
             await self._holders.leave(self.shard, key)
+            self._tell_left(key)
             while not await self._try_unload(key, version, removed):  # noqa: ASYNC110  # a call each
                 await asyncio.sleep(UNLOAD_RETRY_S)
         finally:

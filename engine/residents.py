@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 from engine.errors import AdapterLoadFailed, ShardUnavailable
 from engine.generation import ServedVersion, VersionKey
+from engine.slot_holds import SlotHolds
 
 logger = logging.getLogger(__name__)
 
@@ -52,11 +53,18 @@ class Residents:
         self,
         ask: Callable[[VersionKey], None],
         in_core: Callable[[int], Awaitable[int]],
+        slots: SlotHolds,
+        tell_idle: Callable[[], None] = lambda: None,
     ) -> None:
         """`ask` tells the host that a version is wanted; `in_core` counts the requests of this
-        process that the core still knows, by `lora_int_id`."""
+        process that the core still knows, by `lora_int_id`. `slots` are those of the shard: who
+        holds a version enters its slot next. `tell_idle` tells the host, once after each answer of
+        `uses`, that a version is idle here which was not."""
+        self.slots = slots
         self._ask = ask
         self._in_core = in_core
+        self._tell_idle = tell_idle
+        self._was_asked = False
         self._residents: dict[VersionKey, Resident] = {}
         self._waiting: dict[VersionKey, list[asyncio.Future[Resident]]] = {}
         self._leaving: set[asyncio.Task[None]] = set()
@@ -86,8 +94,13 @@ class Residents:
     def release(self, resident: Resident) -> None:
         """End one hold."""
         resident.holds -= 1
-        if resident.leave is not None and not resident.holds:
+        if resident.holds:
+            return
+        if resident.leave is not None:
             resident.leave()
+        if self._was_asked:
+            self._was_asked = False
+            self._tell_idle()
 
     def loaded(self, version: ServedVersion) -> None:
         """Host: the shard has this version now. Whoever waits for it holds it at once."""
@@ -112,6 +125,7 @@ class Residents:
 
     def lose(self, shard: str) -> None:
         """Host: this shard is gone. Whoever waits is told with ShardUnavailable."""
+        self.slots.lose(shard)
         waiting, self._waiting = self._waiting, {}
         self._residents.clear()
         for future in (future for futures in waiting.values() for future in futures):
@@ -147,6 +161,7 @@ class Residents:
 
     def uses(self) -> Mapping[VersionKey, Use]:
         """How this process uses what is loaded."""
+        self._was_asked = True
         return {
             key: Use(resident.holds, resident.last_use_s)
             for key, resident in self._residents.items()
@@ -154,6 +169,7 @@ class Residents:
 
     async def close(self) -> None:
         """Stop waiting for what leaves."""
+        await self.slots.close()
         for task in self._leaving:
             task.cancel()
         await asyncio.gather(*self._leaving, return_exceptions=True)

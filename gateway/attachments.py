@@ -11,6 +11,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from engine.core import ClientSlot
 from engine.errors import ShardUnavailable
@@ -19,6 +20,9 @@ from engine.pool import ShardPool
 from engine.residents import Residents
 from engine.screening import Screening
 from engine.shard import VllmShard
+from engine.slot_holds import SlotHolds
+from gateway import metrics
+from gateway.channel import WaitsForSlot, Want, WentIdle
 
 logger = logging.getLogger(__name__)
 
@@ -35,16 +39,16 @@ class Attachments:
         self,
         pool: ShardPool,
         screening: Screening,
-        want: Callable[[str, VersionKey], None],
+        tell_host: Callable[[Want | WaitsForSlot | WentIdle], None],
         lost: Callable[[str], None],
         stall_timeout_s: float,
     ) -> None:
-        """Shards join and leave `pool`, and get what passes `screening`. `want` asks the host for
-        a version on a shard; `lost` is told of each shard that is gone, after it has left. The
-        host takes `stall_timeout_s` to find that a core hangs."""
+        """Shards join and leave `pool`, and get what passes `screening`. `tell_host` says what
+        requests wait for; `lost` is told of each shard that is gone, after it has left. The host
+        takes `stall_timeout_s` to find that a core hangs."""
         self._pool = pool
         self._screening = screening
-        self._want = want
+        self._tell_host = tell_host
         self._tell_lost = lost
         self._unheard_limit_s = stall_timeout_s + UNHEARD_S
         self._shards: dict[str, VllmShard] = {}
@@ -60,8 +64,11 @@ class Attachments:
         """What a shard has loaded; None if it is not attached."""
         return self._residents.get(shard)
 
-    def attach(self, slot: ClientSlot, resident: Sequence[ServedVersion]) -> VllmShard | None:
-        """Drive a core; no request is sent there yet. Takes some 20 ms of the event loop.
+    def attach(
+        self, slot: ClientSlot, resident: Sequence[ServedVersion], granted: Sequence[VersionKey]
+    ) -> VllmShard | None:
+        """Drive a core, which has these versions loaded, and slots for some; no request is sent
+        there yet. Takes some 20 ms of the event loop.
 
         None if it does not greet: it died just now, and the host says so if that is true.
         """
@@ -71,11 +78,26 @@ class Attachments:
             logger.error("cannot attach to %s: %s", slot.shard, error)
             self._unheard[slot.shard] = time.monotonic()
             return None
-        residents = Residents(lambda key: self._want(shard.name, key), shard.requests_of)
+        residents = self._residents_of(shard)
         residents.all_loaded(resident)
+        residents.slots.all_granted(granted)
         self._shards[shard.name] = shard
         self._residents[shard.name] = residents
         return shard
+
+    def _residents_of(self, shard: VllmShard) -> Residents:
+        name, tell, pid = shard.name, self._tell_host, os.getpid()
+        slots = SlotHolds(
+            lambda key, waits: tell(WaitsForSlot(name, key, pid, waits)),
+            shard.requests_of,
+            partial(metrics.observe_slot_wait, name),
+        )
+        return Residents(
+            lambda key: tell(Want(name, key)),
+            shard.requests_of,
+            slots,
+            lambda: tell(WentIdle(name)),
+        )
 
     def join(self, shard: VllmShard) -> bool:
         """Send requests there from now on. False if it was lost meanwhile."""

@@ -43,6 +43,8 @@ class Orders:
     view: ServedView
     resident: Mapping[str, Sequence[ServedVersion]]
     """What each shard has loaded, by its name."""
+    granted: Mapping[str, Sequence[VersionKey]]
+    """Which of that has a slot, by the shard's name."""
     plan: Plan
     """How many replicas hot adapters have."""
     named: frozenset[AdapterKey]
@@ -94,6 +96,22 @@ class NameAdapters:
     """Host: these adapters have series of their own from now on, and no others."""
 
     named: frozenset[AdapterKey]
+
+
+@dataclass(frozen=True, slots=True)
+class SlotGranted:
+    """Host: this version has a slot of the shard, and may run."""
+
+    shard: str
+    key: VersionKey
+
+
+@dataclass(frozen=True, slots=True)
+class SlotWithdrawn:
+    """Host: this version, which is not loaded any more, has no slot either."""
+
+    shard: str
+    key: VersionKey
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,8 +171,17 @@ class Leave:
 
 
 @dataclass(frozen=True, slots=True)
+class RecallSlot:
+    """Question: begin no more requests of this version. Answered once none runs."""
+
+    shard: str
+    key: VersionKey
+
+
+@dataclass(frozen=True, slots=True)
 class TellUses:
-    """Question: how is what the shard has loaded used? Answered with `Residents.uses`."""
+    """Question: how is what the shard has loaded used? Answered with `Residents.uses`, and then
+    once with `WentIdle`."""
 
     shard: str
 
@@ -171,6 +198,8 @@ class ShardUp:
     slot: ClientSlot
     resident: Sequence[ServedVersion]
     """What it has loaded."""
+    granted: Sequence[VersionKey]
+    """Which of that has a slot."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,6 +216,7 @@ Question = (
     | FollowQuarantine
     | ShardUp
     | Leave
+    | RecallSlot
     | TellUses
     | TellPlaced
     | Explain
@@ -228,6 +258,24 @@ class Want:
 
 
 @dataclass(frozen=True, slots=True)
+class WaitsForSlot:
+    """Worker: requests wait for a slot of the shard for this version, or none does any more."""
+
+    shard: str
+    key: VersionKey
+    process: int
+    """Process id of the worker."""
+    waits: bool
+
+
+@dataclass(frozen=True, slots=True)
+class WentIdle:
+    """Worker: nothing runs any more on some version of the shard; look again."""
+
+    shard: str
+
+
+@dataclass(frozen=True, slots=True)
 class Ended:
     """Worker: these requests ended."""
 
@@ -259,8 +307,10 @@ class Answer:
 Sent = TypeVar("Sent")
 Received = TypeVar("Received")
 
-HostMessage = Orders | Ask | Loaded | LoadFailed | Drain | ShardDied | NameAdapters
-Unasked = Want | Ended | Used | Acquitted
+Told = Loaded | LoadFailed | SlotGranted | SlotWithdrawn | ShardDied | NameAdapters
+"""What the host tells all workers."""
+HostMessage = Orders | Ask | Told | Drain
+Unasked = Want | WaitsForSlot | WentIdle | Ended | Used | Acquitted
 """What a worker says of itself while it serves."""
 WorkerMessage = Imported | Serving | Unasked | Answer | Failed
 

@@ -39,7 +39,7 @@ from gateway.admin import Admin
 from gateway.admission import MAX_WATCHES, Admission, Draining, Slots
 from gateway.arms import Arms
 from gateway.call import Principal
-from gateway.channel import Acquitted, Ended, Unasked, Used, Want
+from gateway.channel import Acquitted, Ended, Unasked, Used, WaitsForSlot, Want, WentIdle
 from gateway.checkpoint_sources import TRAIN_SCHEME
 from gateway.crashes import Crashes
 from gateway.drains import Drains
@@ -146,6 +146,17 @@ class ControlPlane:
         return self._shards.resident
 
     @property
+    def granted(self) -> Mapping[str, Sequence[VersionKey]]:
+        """Which versions have slots of each shard now."""
+        assert self._shards is not None
+        return self._shards.granted
+
+    def forget_worker(self, pid: int) -> None:
+        """This worker died: nothing waits in it any more."""
+        if self._shards is not None:
+            self._shards.forget(pid)
+
+    @property
     def plan(self) -> Plan:
         """How many replicas hot adapters have."""
         assert self._planning is not None
@@ -180,6 +191,8 @@ class ControlPlane:
         match message:
             case Want(shard, key):
                 self._shards.want(shard, key)
+            case WaitsForSlot() | WentIdle():
+                self._shards.hear(message)
             case Ended(outcomes):
                 self._arms.record(outcomes)
             case Used(tokens):
@@ -241,8 +254,8 @@ class ControlPlane:
         """Have all use the shard from now on, and go on with what it left undone."""
         assert self._shards is not None and self._catalog is not None
         self._shards.open(shard)
-        resident = self._shards.resident[shard]
-        await self._processes.admit(shard, resident, take_slot)
+        resident, granted = self._shards.resident[shard], self._shards.granted[shard]
+        await self._processes.admit(shard, resident, granted, take_slot)
         await self._catalog.go_on()
 
     def serve_on(self, shards: Iterable[VllmShard], keepers: Sequence[ShardKeeper]) -> None:
@@ -251,12 +264,13 @@ class ControlPlane:
         assert self._catalog is not None and self._served is not None
         catalog, served, settings = self._catalog, self._served, self._settings
         self._shards = ours = Shards(
-            settings.shard_names, settings.max_cpu_loras, catalog, self._processes, self.view
+            *(settings.shard_names, settings.max_cpu_loras, settings.max_loras),
+            *(catalog, self._processes, self.view),
         )
         pool = ours.pool
         self._planning = Planning(self._planner, ours, catalog, self._ledger, self._processes)
         catalog.serve_on(ours.residencies, pool, Probe(), self._training.trials(served))
-        evaluations = Evaluations(self._registry, self._sources, pool, settings.max_num_seqs)
+        evaluations = Evaluations(self._registry, self._sources, ours, settings.max_num_seqs)
         servicer = self._training.serve(
             *(served, self._modules.linear, lambda: pool.route_to(None).shard, catalog),
             *(self._registry, self._admission, self._watches),

@@ -18,10 +18,11 @@ from engine.evaluation import (
 from engine.examples import MAX_DATASET_BYTES, Example, parse_jsonl
 from engine.generation import Chat, ChatMessage, ServedVersion, VersionKey
 from engine.intake import in_daemon_thread
-from engine.pool import Route, ShardPool
+from engine.pool import Route
 from engine.scoring import Scorer
 from engine.shard import Shard
 from gateway import adapter_codec as codec
+from gateway.shards import Shards
 from lora_gateway.v1 import adapters_pb2 as pb
 from store.artifacts import SourceUnusable
 from store.records import VersionNotReady, VersionState
@@ -42,13 +43,13 @@ class Evaluations:
         self,
         registry: Registry,
         sources: AllowedSources,
-        pool: ShardPool,
+        shards: Shards,
         max_num_seqs: int,
     ) -> None:
         """`max_num_seqs` is what an engine runs at once; half of it is left to live traffic."""
         self._registry = registry
         self._sources = sources
-        self._pool = pool
+        self._shards = shards
         self._max_running = max(1, max_num_seqs // 2)
         self._reading = asyncio.Semaphore(MAX_READ_AT_ONCE)
 
@@ -58,8 +59,8 @@ class Evaluations:
         """The messages of one evaluation."""
         evaluation = await self._decode(request, tenant)
         # All versions on one shard, and the base model too: so they are compared fairly.
-        home = self._pool.homes(VersionKey(tenant, request.adapter, 0))[0]
-        runner = _Runner(home, tenant, request.adapter, self._max_running)
+        home = self._shards.pool.homes(VersionKey(tenant, request.adapter, 0))[0]
+        runner = _Runner(self._shards, home, tenant, request.adapter, self._max_running)
         async with contextlib.aclosing(evaluation.run(runner, runner.has_capacity)) as events:
             async for event in events:
                 yield _encode(event)
@@ -116,7 +117,10 @@ class Evaluations:
 class _Runner:
     """Leases versions of one adapter on one shard."""
 
-    def __init__(self, home: Route, tenant: str, adapter: str, max_running: int) -> None:
+    def __init__(
+        self, shards: Shards, home: Route, tenant: str, adapter: str, max_running: int
+    ) -> None:
+        self._shards = shards
         self._home = home
         self._tenant = tenant
         self._adapter = adapter
@@ -124,7 +128,10 @@ class _Runner:
 
     async def has_capacity(self) -> bool:
         """Whether the shard has some to spare."""
+        name = self._home.shard.name
         load = await self._home.shard.core_load()
+        if self._shards.are_slots_contended(name):  # a turn more would be at the cost of others
+            return False
         return load.waiting == 0 and load.running < self._max_running
 
     @contextlib.asynccontextmanager

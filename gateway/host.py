@@ -218,6 +218,7 @@ class Host:
             fingerprints=prints,
             view=control.view,
             resident=control.resident,
+            granted=control.granted,
             plan=control.plan,
             named=control.named,
             drained=control.drained,
@@ -227,6 +228,8 @@ class Host:
     async def _after_death(self, worker: WorkerProcess, endpoint: HttpEndpoint) -> None:
         """Clean up after a worker that died: nobody reads what it left in the core."""
         endpoint.forget_process(worker.pid)
+        if self._control is not None:
+            self._control.forget_worker(worker.pid)
         for slot in worker.slots:
             try:
                 aborted = await self._abort_client(slot)

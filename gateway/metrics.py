@@ -135,6 +135,18 @@ _load_failures = Counter(
     "state, they are READY no more; shard, it died; other.",
     ["reason"],
 )
+_slot_wait = Histogram(
+    "gateway_slot_wait_seconds",
+    "How long requests waited for their adapter version's turn, of those that had to wait.",
+    ["shard"],
+    buckets=LATENCY_BUCKETS_S,
+)
+_slot_waiting = Gauge(
+    "gateway_slot_waiting",
+    "Adapter versions whose requests wait for their turn among --max-loras.",
+    ["shard"],
+    multiprocess_mode="livemax",
+)
 _adapters_resident = Gauge(
     "adapters_resident",
     "Adapter versions that an engine has loaded.",
@@ -167,6 +179,7 @@ for _counter, _reasons in (
 def know_shard(shard: str) -> None:
     """Begin the series of a shard at 0."""
     shard_inflight.labels(shard)
+    _slot_wait.labels(shard)
     engine_recovery.labels(shard)
     for reason in ring.Reason:
         _placements.labels(shard, reason.value)
@@ -200,6 +213,16 @@ def observe_shed(reason: Shed) -> None:
 def observe_resident(shard: str, count: int) -> None:
     """Note how many adapter versions an engine has loaded."""
     _adapters_resident.labels(shard).set(count)
+
+
+def observe_slot_wait(shard: str, wait_s: float) -> None:
+    """Note how long one request waited for its version's slot."""
+    _slot_wait.labels(shard).observe(wait_s)
+
+
+def observe_slot_waiting(shard: str, count: int) -> None:
+    """Note how many adapter versions wait for a slot."""
+    _slot_waiting.labels(shard).set(count)
 
 
 def observe_gate_rejection(reason: gate.Reason) -> None:

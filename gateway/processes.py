@@ -1,7 +1,7 @@
 """All processes that resolve adapter names and hold loaded versions: workers, and the host.
 
-Implements what `engine/residency.py` (Holders) and `engine/ledger.py` (Audience) ask for, over
-the pipes to the workers.
+Implements what `engine/residency.py` (Holders), `engine/slots.py` (SlotHolders) and
+`engine/ledger.py` (Audience) ask for, over the pipes to the workers.
 """
 
 from __future__ import annotations
@@ -27,9 +27,12 @@ from gateway.channel import (
     LoadFailed,
     Placed,
     Question,
+    RecallSlot,
     ShardDied,
     ShardUp,
     ShowAdapter,
+    SlotGranted,
+    SlotWithdrawn,
     TellPlaced,
     TellUses,
 )
@@ -72,15 +75,17 @@ class Processes:
         self,
         shard: str,
         resident: Sequence[ServedVersion],
+        granted: Sequence[VersionKey],
         take_slot: Callable[[], ClientSlot],
     ) -> None:
-        """Have all workers drive the shard, which has these versions; returns when they do."""
+        """Have all workers drive the shard, which has these versions, and slots for some; returns
+        when they do."""
         slots: list[ClientSlot] = []
 
         def ask(worker: WorkerProcess) -> Question:
             slots.append(take_slot())
             worker.slots.append(slots[-1])
-            return ShardUp(slots[-1], resident)
+            return ShardUp(slots[-1], resident, granted)
 
         await _followed(f"{shard}, which is up again", self._fleet.ask_each(ask))
         for slot in slots:
@@ -110,6 +115,30 @@ class Processes:
         self._own[shard].leave(key, own_left.set)
         await self._fleet.ask(Leave(shard, key))
         await own_left.wait()
+
+    def granted(self, shard: str, key: VersionKey) -> None:
+        """Tell all that the version has a slot."""
+        if (own := self._own.get(shard)) is not None:
+            own.slots.granted(key)
+        self._fleet.tell(SlotGranted(shard, key))
+
+    def withdrawn(self, shard: str, key: VersionKey) -> None:
+        """Tell all that the version has none any more; nobody is in it."""
+        if (own := self._own.get(shard)) is not None:
+            own.slots.withdrawn(key)
+        self._fleet.tell(SlotWithdrawn(shard, key))
+
+    def recall(self, shard: str, key: VersionKey) -> Awaitable[None]:
+        """Tell all to let nobody enter the slot; awaited, until nothing runs in it anywhere."""
+        own_returned = asyncio.Event()
+        self._own[shard].slots.recall(key, own_returned.set)
+        answers = self._fleet.ask(RecallSlot(shard, key))
+
+        async def returned() -> None:
+            await answers
+            await own_returned.wait()
+
+        return returned()
 
     async def uses(self, shard: str) -> Mapping[VersionKey, Use]:
         """How it is used, over all that answer in time."""

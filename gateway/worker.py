@@ -46,14 +46,16 @@ from gateway.channel import (
     Orders,
     Placed,
     Question,
+    RecallSlot,
     Serving,
     ShardDied,
     ShardUp,
     ShowAdapter,
+    SlotGranted,
+    SlotWithdrawn,
     TellPlaced,
     TellUses,
     Used,
-    Want,
     WorkerMessage,
 )
 from gateway.explanation import explain
@@ -118,16 +120,14 @@ class Worker:
         self._pool.drain(orders.drained)
         self._screening = Screening(lambda fingerprint: channel.send(Acquitted(fingerprint)))
         self._screening.follow(orders.quarantined)
+        stall_timeout_s = settings.engine_stall_timeout_s
         self._attachments = Attachments(
-            self._pool,
-            self._screening,
-            lambda shard, key: channel.send(Want(shard, key)),
-            self._lost,
-            settings.engine_stall_timeout_s,
+            self._pool, self._screening, channel.send, self._lost, stall_timeout_s
         )
         attached = 0
         for slot in orders.slots:
-            shard = self._attachments.attach(slot, orders.resident[slot.shard])
+            name = slot.shard
+            shard = self._attachments.attach(slot, orders.resident[name], orders.granted[name])
             if shard is not None:
                 attached += self._attachments.join(shard)
         if orders.slots and not attached:
@@ -197,9 +197,9 @@ class Worker:
         async with asyncio.TaskGroup() as tasks:
             while True:
                 match await self._channel.receive():
-                    case Ask(ticket, ShardUp(slot, resident)):
+                    case Ask(ticket, ShardUp(slot, resident, granted)):
                         # Attached before the next message, which may be about this shard.
-                        shard = self._attachments.attach(slot, resident)
+                        shard = self._attachments.attach(slot, resident, granted)
                         if shard is None:
                             self._channel.send(Answer(ticket))
                         else:
@@ -212,6 +212,12 @@ class Worker:
                     case LoadFailed(name, key, reason):
                         if (residents := self._attachments.residents(name)) is not None:
                             residents.failed(key, reason)
+                    case SlotGranted(name, key):
+                        if (residents := self._attachments.residents(name)) is not None:
+                            residents.slots.granted(key)
+                    case SlotWithdrawn(name, key):
+                        if (residents := self._attachments.residents(name)) is not None:
+                            residents.slots.withdrawn(key)
                     case ShardDied(name, crashed, quarantined):
                         self._screening.follow(quarantined)  # before any of them is tried again
                         self._attachments.lose(name, crashed)
@@ -249,6 +255,12 @@ class Worker:
                     self._channel.send(Answer(ticket))
                 else:
                     residents.leave(key, lambda: self._channel.send(Answer(ticket)))
+            case RecallSlot(shard, key):
+                residents = self._attachments.residents(shard)
+                if residents is None:
+                    self._channel.send(Answer(ticket))
+                else:
+                    residents.slots.recall(key, lambda: self._channel.send(Answer(ticket)))
             case TellUses(shard):
                 residents = self._attachments.residents(shard)
                 self._channel.send(Answer(ticket, {} if residents is None else residents.uses()))

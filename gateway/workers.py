@@ -24,16 +24,15 @@ from gateway.channel import (
     Ended,
     Failed,
     Imported,
-    Loaded,
-    LoadFailed,
-    NameAdapters,
     Orders,
     Question,
     Serving,
-    ShardDied,
+    Told,
     Unasked,
     Used,
+    WaitsForSlot,
     Want,
+    WentIdle,
 )
 from gateway.worker_process import WorkerProcess, WorkerState
 
@@ -138,7 +137,7 @@ class WorkerFleet:
             self._changed.clear()
             await self._changed.wait()
 
-    def tell(self, message: Loaded | LoadFailed | ShardDied | NameAdapters) -> None:
+    def tell(self, message: Told) -> None:
         """Tell every worker that serves, is about to, or still finishes its calls."""
         for worker in self._workers:
             if worker.at_work:
@@ -267,7 +266,7 @@ class WorkerFleet:
                     if (question := self._questions.get(ticket)) is not None:
                         question.answer(worker, value)
                     continue
-                case Want() | Ended() | Used() | Acquitted():
+                case Want() | WaitsForSlot() | WentIdle() | Ended() | Used() | Acquitted():
                     self._hear(message)
                     continue
             self._assign()

@@ -12,8 +12,10 @@ from engine.generation import ServedVersion, VersionKey
 from engine.pool import Route, ServedAdapter, ServedView, ShardPool
 from engine.residents import Residents
 from engine.ring import AdapterKey, NoShardOpen, Plan, Reason, ShardState, cap
+from engine.slot_holds import SlotHolds
 from engine.split import Split
 from store.records import Arm
+from tests.engine.open_slots import open_slots
 
 ALPHA = {1: 50, 3: 50}
 
@@ -38,7 +40,7 @@ def view() -> ServedView:
 
 
 def pool(view: ServedView, residents: Residents | None = None) -> ShardPool:
-    residents = residents or Residents(lambda key: None, nothing_in_core)
+    residents = residents or Residents(lambda key: None, nothing_in_core, open_slots())
     return ShardPool([FakeShard()], {"shard-0": residents}, view)
 
 
@@ -132,7 +134,7 @@ def test_a_route_keeps_its_version_when_the_view_changes() -> None:
 
 
 async def test_a_lease_holds_what_is_loaded_until_it_ends() -> None:
-    residents = Residents(lambda key: None, nothing_in_core)
+    residents = Residents(lambda key: None, nothing_in_core, open_slots())
     loaded = ServedVersion("acme", "beta", 2, 9, "/beta", "digest")
     residents.loaded(loaded)
     placed = pool(view(), residents).route("acme", "beta", None, "")
@@ -142,13 +144,58 @@ async def test_a_lease_holds_what_is_loaded_until_it_ends() -> None:
     assert residents.uses()[loaded.key].holds == 0
 
 
+async def waits_for_its_slot(residents: Residents) -> tuple[Route, asyncio.Task[None]]:
+    """A lease of a loaded version that has no slot; its task ends when it has one."""
+    loaded = ServedVersion("acme", "beta", 2, 9, "/beta", "digest")
+    residents.loaded(loaded)
+    placed = pool(view(), residents).route("acme", "beta", None, "")
+
+    async def run() -> None:
+        async with placed.lease() as version:
+            assert version == loaded
+            assert residents.slots._slots[loaded.key].running == 1
+
+    running = asyncio.create_task(run())
+    await asyncio.sleep(0)
+    assert placed.in_flight["shard-0"] == 1
+    assert residents.uses()[loaded.key].holds == 1, "it is not unloaded meanwhile"
+    return placed, running
+
+
+async def test_a_lease_waits_for_the_slot_of_its_version_and_gives_it_back() -> None:
+    slots = SlotHolds(lambda key, waits: None, nothing_in_core)
+    residents = Residents(lambda key: None, nothing_in_core, slots)
+    placed, running = await waits_for_its_slot(residents)
+    assert placed.key is not None
+    slots.granted(placed.key)
+    await running
+    assert slots._slots[placed.key].running == 0
+    assert residents.uses()[placed.key].holds == 0
+    assert placed.in_flight["shard-0"] == 0
+
+
+async def test_a_lease_that_is_given_up_while_it_waits_for_a_slot_holds_nothing() -> None:
+    told: list[bool] = []
+    slots = SlotHolds(lambda key, waits: told.append(waits), nothing_in_core)
+    residents = Residents(lambda key: None, nothing_in_core, slots)
+    placed, running = await waits_for_its_slot(residents)
+    assert placed.key is not None
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
+    assert told == [True, False]
+    assert residents.uses()[placed.key].holds == 0
+    assert placed.in_flight["shard-0"] == 0
+
+
 async def test_the_base_model_needs_no_lease() -> None:
     async with route("").lease() as version:
         assert version is None
 
 
 async def test_a_lease_of_what_cannot_be_loaded_raises() -> None:
-    residents = Residents(lambda key: residents.failed(key, "its files are gone"), nothing_in_core)
+    residents = Residents(
+        lambda key: residents.failed(key, "its files are gone"), nothing_in_core, open_slots()
+    )
     placed = pool(view(), residents).route("acme", "beta", None, "")
     with pytest.raises(AdapterLoadFailed, match="its files are gone"):
         async with placed.lease():
@@ -170,7 +217,7 @@ def several(wanted: list[tuple[str, VersionKey]] | None = None) -> ShardPool:
     asked: list[tuple[str, VersionKey]] = [] if wanted is None else wanted
 
     def residents(name: str) -> Residents:
-        return Residents(lambda key: asked.append((name, key)), nothing_in_core)
+        return Residents(lambda key: asked.append((name, key)), nothing_in_core, open_slots())
 
     shards = [FakeShard(name) for name in NAMES]
     return ShardPool(shards, {name: residents(name) for name in NAMES}, view())
@@ -284,7 +331,9 @@ def test_the_homes_of_a_version_are_its_replicas() -> None:
 
 def three_shards() -> ShardPool:
     shards = [FakeShard(f"shard-{number}") for number in range(3)]
-    residents = {shard.name: Residents(lambda key: None, nothing_in_core) for shard in shards}
+    residents = {
+        shard.name: Residents(lambda key: None, nothing_in_core, open_slots()) for shard in shards
+    }
     return ShardPool(shards, residents, view())
 
 
@@ -305,7 +354,7 @@ def test_a_drained_shard_gets_nothing_and_gets_it_all_back() -> None:
 def test_a_drain_outlives_the_core_and_comes_before_it() -> None:
     several = three_shards()
     home = several.ring.ranked(AdapterKey("acme", "beta"))[0]
-    residents = Residents(lambda key: None, nothing_in_core)
+    residents = Residents(lambda key: None, nothing_in_core, open_slots())
     several.leave(home)
     several.drain([home])
     assert several.ring.states[home] is ShardState.DOWN

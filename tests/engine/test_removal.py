@@ -8,6 +8,8 @@ import pytest
 
 from engine import residency as module
 from engine.errors import AdapterLoadFailed, ShardUnavailable
+from engine.residency import Residency
+from tests.engine.crowd import Core, Crowd, Stock
 from tests.engine.stage import A, B, happens, settled, stage, started
 
 
@@ -128,3 +130,25 @@ async def test_a_cancelled_removal_goes_on() -> None:
         await asyncio.gather(removed, return_exceptions=True)
         at.process.residents.release(resident)
         await happens(lambda: not at.core.keys)
+
+
+async def test_who_shares_out_slots_is_told_when_nobody_holds_it_before_it_is_removed() -> None:
+    told: list[tuple[object, bool]] = []
+    core, stock = Core(1), Stock(A)
+    crowd = Crowd(core)
+    residency = Residency(
+        core, 1, stock, crowd, left=lambda key: told.append((key, key in core.keys))
+    )
+    crowd.serve(residency)
+    runs = asyncio.create_task(residency.run())
+    residents = crowd.processes[0].residents
+    resident = await residents.hold(A)
+    removal = asyncio.create_task(residency.remove(A))
+    await settled()
+    assert not told
+    residents.release(resident)
+    await removal
+    assert told == [(A, True)]
+    runs.cancel()
+    await asyncio.gather(runs, return_exceptions=True)
+    await residents.close()

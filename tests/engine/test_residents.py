@@ -9,6 +9,8 @@ import pytest
 from engine.errors import AdapterLoadFailed, ShardUnavailable
 from engine.generation import ServedVersion, VersionKey
 from engine.residents import Residents
+from engine.slot_holds import SlotHolds
+from tests.engine.open_slots import open_slots
 
 KEY = VersionKey("acme", "sql", 1)
 LOADED = ServedVersion("acme", "sql", 1, 7, "/sql", "digest")
@@ -22,7 +24,7 @@ class Process:
         self.in_core = 0
         self.core_asked = asyncio.Event()
         self.left: list[str] = []
-        self.residents = Residents(self.asked.append, self._requests)
+        self.residents = Residents(self.asked.append, self._requests, open_slots())
 
     async def _requests(self, lora_int_id: int) -> int:
         assert lora_int_id == LOADED.lora_int_id
@@ -159,3 +161,57 @@ async def test_when_the_shard_is_gone_who_waits_is_told_and_holds_can_be_given_b
         assert isinstance(failed, ShardUnavailable) and failed.shard == "shard-0"
     process.residents.release(held)
     assert process.residents.uses() == {}
+
+
+async def test_the_host_is_told_once_of_what_became_idle_since_it_asked() -> None:
+    told: list[str] = []
+    residents = Residents(lambda key: None, no_requests, open_slots(), lambda: told.append("idle"))
+    residents.loaded(LOADED)
+
+    async def use() -> None:
+        first, second = await residents.hold(KEY), await residents.hold(KEY)
+        residents.release(first)
+        assert len(told) == before, "another request runs"
+        residents.release(second)
+
+    before = 0
+    await use()
+    assert not told, "it has not asked"
+    residents.uses()
+    await use()
+    before = 1
+    assert told == ["idle"]
+    await use()
+    assert told == ["idle"], "it has to ask again"
+
+
+async def no_requests(lora_int_id: int) -> int:
+    return 0
+
+
+async def test_slots_are_lost_and_closed_with_the_rest() -> None:
+    asked = asyncio.Event()
+
+    async def never(lora_int_id: int) -> int:
+        asked.set()
+        await asyncio.Event().wait()
+        return 0
+
+    slots = SlotHolds(lambda key, waits: None, never)
+    residents = Residents(lambda key: None, never, slots)
+    residents.loaded(LOADED)
+    slots.granted(KEY)
+    slot = slots.enter(KEY, LOADED.lora_int_id)
+    assert slot is not None
+    slots.leave(slot)
+    returned: list[str] = []
+    slots.recall(KEY, lambda: returned.append("returned"))
+    waiting = asyncio.create_task(slots.wait(KEY, LOADED.lora_int_id))
+    await asked.wait()
+    residents.lose("shard-0")
+    with pytest.raises(ShardUnavailable, match="shard-0"):
+        await waiting
+    (asking,) = (slot.asking for slot in slots._recalled.values())
+    assert asking is not None
+    await residents.close()
+    assert asking.cancelled() and not returned

@@ -30,6 +30,7 @@ from gateway.wrap import Edge
 from lora_gateway.v1 import inference_pb2 as pb
 from lora_gateway.v1.inference_pb2_grpc import InferenceStub
 from store.records import Arm
+from tests.engine.open_slots import open_slots
 
 if TYPE_CHECKING:
     from lora_gateway.v1.inference_pb2_grpc import InferenceAsyncStub
@@ -101,7 +102,7 @@ async def start_fake_gateway(
     view = ServedView()
     view.show(ALPHA.tenant, ALPHA.adapter, ServedAdapter(Split([Arm(3, 1)]), (3,)))
     wanted: list[VersionKey] = []
-    residents = Residents(wanted.append, _nothing_in_core)
+    residents = Residents(wanted.append, _nothing_in_core, open_slots())
     residents.loaded(ALPHA)
     pool = ShardPool([shard], {shard.name: residents}, view)
     admission = Admission(limit)

@@ -31,6 +31,8 @@ from gateway.channel import (
     Question,
     Serving,
     ShardDied,
+    SlotGranted,
+    SlotWithdrawn,
     Unasked,
     WorkerMessage,
 )
@@ -99,7 +101,7 @@ class ScriptedWorker(WorkerProcess):
                         self.host.send(Answer(ticket, answer))
                 case Drain():
                     self.host.close()
-                case Loaded() | LoadFailed() | ShardDied():
+                case Loaded() | LoadFailed() | SlotGranted() | SlotWithdrawn() | ShardDied():
                     pass
 
 
@@ -153,6 +155,7 @@ def orders() -> Orders:
         fingerprints=ModelFingerprints("", "", "", ""),
         view=ServedView(),
         resident={},
+        granted={},
         plan=NO_REPLICAS,
         named=frozenset(),
         drained=frozenset(),

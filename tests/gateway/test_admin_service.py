@@ -31,6 +31,7 @@ from gateway.keeper import Death
 from gateway.keeper_state import KeeperState
 from lora_gateway.v1 import adapters_pb2
 from lora_gateway.v1 import admin_pb2 as pb
+from tests.engine.open_slots import open_slots
 from tests.gateway.control_plane import KILLED, TIMEOUT_S, Plane, control_plane
 from tests.gateway.promises import refused
 from tests.gateway.scripted_worker import SILENT, ScriptedWorker, serving_fleet
@@ -67,7 +68,9 @@ class Workers:
         assert self.plane is not None
         if number not in self.pools:
             fakes = [FakeShard(name) for name in NAMES]
-            residents = {name: Residents(lambda key: None, _nothing_in_core) for name in NAMES}
+            residents = {
+                name: Residents(lambda key: None, _nothing_in_core, open_slots()) for name in NAMES
+            }
             self.pools[number] = ShardPool(fakes, residents, self.plane.control.view)
         return self.pools[number]
 

@@ -31,8 +31,11 @@ from gateway.channel import (
     FollowPlan,
     FollowQuarantine,
     ShardDied,
+    SlotGranted,
     Used,
+    WaitsForSlot,
     Want,
+    WentIdle,
 )
 from tests.gateway.outcomes import outcome
 
@@ -92,6 +95,9 @@ async def test_messages_arrive_whole_and_in_order(ends: tuple[AnyChannel, AnyCha
         Ask(4, FollowQuarantine(HELD)),
         Acquitted(2**64 - 1),
         Want("shard-0", VersionKey("default", "alpha", 3)),
+        WaitsForSlot("shard-0", VersionKey("default", "alpha", 3), 71, True),
+        WentIdle("shard-0"),
+        SlotGranted("shard-0", VersionKey("default", "alpha", 3)),
         Used({AdapterKey("default", "alpha"): 3, None: 4}),
         Answer(2, {VersionKey("default", "alpha", 3): Use(1, 2.0)}),
         Ended([outcome(request_id=f"r-{number}") for number in range(256)]),

@@ -15,10 +15,12 @@ from engine.generation import GenerationRequest, ServedVersion, VersionKey
 from engine.pool import ServedView, ShardPool
 from engine.residents import Residents
 from engine.ring import AdapterKey, NoShardOpen
+from engine.slot_holds import SlotHolds
 from gateway.admission import Admission
 from gateway.call import Call
 from gateway.dispatch import Dispatch
 from gateway.retry_budget import LEAST, RetryBudget
+from tests.engine.open_slots import open_slots
 
 NAMES = ("shard-0", "shard-1", "shard-2")
 KEY = VersionKey("acme", "alpha", 1)
@@ -35,7 +37,7 @@ class Stage:
 
     def __init__(self, *scripts: Script, ask: Callable[[VersionKey], None] | None = None) -> None:
         self.admission = Admission(100)
-        self.residents = {name: Residents(ask or (lambda key: None), nothing_in_core)
+        self.residents = {name: Residents(ask or (lambda key: None), nothing_in_core, open_slots())
                           for name in NAMES}  # fmt: skip
         self.pool = ShardPool(
             [FakeShard(name) for name in NAMES], self.residents, ServedView(), NAMES
@@ -110,6 +112,22 @@ async def test_one_that_waits_for_its_version_is_tried_elsewhere_too() -> None:
     stage.residents[stage.order[0]].lose(stage.order[0])
     call, tokens = await running
     assert (call.shard, tokens) == (stage.order[1], 5)
+
+
+async def test_one_that_waits_for_its_turn_is_tried_elsewhere_too() -> None:
+    stage = Stage(Script(), Script(), Script())
+    waits = asyncio.Event()
+    slots = SlotHolds(lambda key, waiting: waits.set(), nothing_in_core)
+    home = Residents(lambda key: None, nothing_in_core, slots)
+    home.loaded(LOADED)
+    stage.pool.join(stage.shards[stage.order[0]], home)
+    running = asyncio.create_task(stage.run())
+    await waits.wait()
+    stage.pool.leave(stage.order[0])
+    home.lose(stage.order[0])
+    call, tokens = await running
+    assert (call.shard, tokens) == (stage.order[1], 5)
+    assert set(stage.pool.route_to(None).in_flight.values()) == {0}
 
 
 async def test_no_more_are_tried_again_at_once_than_the_budget_allows() -> None:

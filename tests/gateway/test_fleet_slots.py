@@ -29,7 +29,7 @@ async def test_without_a_slot_for_any_worker_the_fleet_waits_until_a_core_is_bac
                 await asyncio.sleep(0.01)
         assert not serving(workers), "and the fleet has not failed"
         monkeypatch.setattr(fleet, "_make_orders", orders)
-        await Processes(fleet).admit("shard-0", [], no_slot_needed)
+        await Processes(fleet).admit("shard-0", [], [], no_slot_needed)
         async with asyncio.timeout(TIMEOUT_S):
             await fleet.wait_serving()
 

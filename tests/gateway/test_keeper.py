@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import nullcontext
@@ -22,19 +21,11 @@ from engine.step_record import StepRecord
 from gateway import keeper as module
 from gateway import metrics
 from gateway.keeper import ShardKeeper
-from gateway.keeper_state import TRANSITIONS, KeeperState
+from gateway.keeper_state import KeeperState
 from gateway.restarts import Restarts
 
-STARTING, UP, DEAD = KeeperState.STARTING, KeeperState.UP, KeeperState.DEAD
+UP, DEAD = KeeperState.UP, KeeperState.DEAD
 REBUILDING, WARMING, STOPPED = KeeperState.REBUILDING, KeeperState.WARMING, KeeperState.STOPPED
-ALLOWED = {
-    (STARTING, UP),
-    *itertools.pairwise((UP, DEAD, REBUILDING, WARMING, UP)),
-    (UP, REBUILDING),
-    (REBUILDING, DEAD),
-    (WARMING, DEAD),
-    *((state, STOPPED) for state in KeeperState if state is not STOPPED),
-}
 TIMEOUT_S = 5.0
 STALL_S = 0.05
 
@@ -199,28 +190,6 @@ async def stage(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> AsyncIterato
 
 def value(metric: Any, *labels: str) -> float:
     return float(metric.labels("shard-1", *labels)._value.get())
-
-
-@pytest.mark.parametrize(
-    ("before", "after"), list(itertools.product(KeeperState, repeat=2)), ids=lambda s: s.value
-)
-def test_a_shard_makes_the_moves_that_are_allowed_and_no_other(
-    before: KeeperState, after: KeeperState
-) -> None:
-    keeper = Stage(Path()).keeper
-    keeper.state = before
-    if (before, after) in ALLOWED:
-        keeper.move(after)
-        assert keeper.state is after
-        assert value(metrics.shard_up) == (after is UP)
-    else:
-        with pytest.raises(ValueError, match="shard-1 cannot go from"):
-            keeper.move(after)
-        assert keeper.state is before
-
-
-def test_the_table_has_every_state() -> None:
-    assert TRANSITIONS.keys() == set(KeeperState)
 
 
 async def test_a_core_that_dies_is_replaced_and_warm_before_anybody_uses_it(stage: Stage) -> None:

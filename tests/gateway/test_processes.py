@@ -26,9 +26,12 @@ from gateway.channel import (
     LoadFailed,
     Orders,
     Question,
+    RecallSlot,
     ShardDied,
     ShardUp,
     ShowAdapter,
+    SlotGranted,
+    SlotWithdrawn,
     TellUses,
     Unasked,
 )
@@ -36,6 +39,7 @@ from gateway.processes import Processes
 from gateway.worker_process import WorkerProcess
 from gateway.workers import WorkerFleet
 from store.records import Arm
+from tests.engine.open_slots import open_slots
 from tests.gateway.conftest import ALPHA
 from tests.gateway.outcomes import outcome
 from tests.gateway.scripted_worker import SILENT, ScriptedWorker, serving_fleet
@@ -54,7 +58,7 @@ async def nothing_in_core(lora_int_id: int) -> int:
 @pytest.fixture
 def residents() -> Residents:
     """The host's own, with `alpha`."""
-    residents = Residents(lambda key: None, nothing_in_core)
+    residents = Residents(lambda key: None, nothing_in_core, open_slots())
     residents.loaded(ALPHA)
     return residents
 
@@ -196,6 +200,56 @@ async def test_a_version_has_left_once_all_processes_say_so(
             await leaving
 
 
+async def test_slots_are_granted_and_withdrawn_for_all_at_once(
+    monkeypatch: pytest.MonkeyPatch, residents: Residents
+) -> None:
+    def script(worker: ScriptedWorker, question: Question) -> Any:
+        return None
+
+    async with serving_fleet(monkeypatch, 2, script) as (fleet, workers):
+        processes = processes_of(fleet, residents)
+        processes.granted(SHARD, BETA)
+        assert set(residents.slots._slots) == {BETA}
+        processes.withdrawn(SHARD, BETA)
+        assert not residents.slots._slots
+        await fleet.ask(Flush())  # read after them
+        for worker in workers:
+            told = [m for m in worker.heard if isinstance(m, SlotGranted | SlotWithdrawn)]
+            assert told == [SlotGranted(SHARD, BETA), SlotWithdrawn(SHARD, BETA)]
+
+
+async def test_a_slot_is_recalled_before_anybody_waits_and_back_when_all_say_so(
+    monkeypatch: pytest.MonkeyPatch, residents: Residents
+) -> None:
+    asked = asyncio.Event()
+
+    def script(worker: ScriptedWorker, question: Question) -> Any:
+        if question == RecallSlot(SHARD, ALPHA.key):
+            asked.set()
+            return SILENT
+        return None
+
+    async with serving_fleet(monkeypatch, 1, script) as (fleet, (worker,)):
+        processes = processes_of(fleet, residents)
+        processes.granted(SHARD, ALPHA.key)
+        slot = residents.slots.enter(ALPHA.key, ALPHA.lora_int_id)
+        assert slot is not None
+        returned = processes.recall(SHARD, ALPHA.key)
+        processes.granted(SHARD, BETA)
+        assert set(residents.slots._slots) == {BETA}
+        returning = asyncio.ensure_future(returned)
+        async with asyncio.timeout(TIMEOUT_S):
+            await asked.wait()
+            tickets = [m.ticket for m in worker.heard if isinstance(m, Ask)]
+            worker.host.send(Answer(tickets[-1]))
+            await fleet.ask(Flush())  # the answer is read
+            assert not returning.done(), "the host itself still runs a probe in it"
+            residents.slots.leave(slot)
+            await returning
+        order = [type(m.question) if isinstance(m, Ask) else type(m) for m in worker.heard]
+        assert order[-4:-1] == [SlotGranted, RecallSlot, SlotGranted]
+
+
 async def test_a_worker_that_dies_has_answered_once_its_requests_are_aborted(
     monkeypatch: pytest.MonkeyPatch, residents: Residents
 ) -> None:
@@ -304,13 +358,14 @@ async def test_each_worker_gets_a_slot_of_its_own_on_a_shard_that_is_back(
 
     def script(worker: ScriptedWorker, question: Question) -> Any:
         assert isinstance(question, ShardUp) and question.resident == [ALPHA]
+        assert question.granted == [ALPHA.key]
         return None
 
     async with serving_fleet(monkeypatch, 2, script) as (fleet, workers):
         processes = processes_of(fleet, residents)
         processes.lose(SHARD, True, Quarantined(requests={7: 1.0}))
         async with asyncio.timeout(TIMEOUT_S):
-            await processes.admit(SHARD, [ALPHA], take_slot)
+            await processes.admit(SHARD, [ALPHA], [ALPHA.key], take_slot)
         assert len(taken) == 2 and {worker.slots[-1] for worker in workers} == set(taken)
         assert [slot.closed for slot in taken] == [1, 1], "they have copies of their own"
         for worker in workers:
@@ -329,5 +384,7 @@ async def test_of_a_shard_that_is_gone_the_host_uses_nothing(residents: Resident
     processes.drop_own(SHARD)
     processes.loaded(SHARD, ALPHA)
     processes.failed(SHARD, ALPHA.key, "gone")
+    processes.granted(SHARD, ALPHA.key)
+    processes.withdrawn(SHARD, ALPHA.key)
     async with asyncio.timeout(TIMEOUT_S):
         assert await processes.uses(SHARD) == {}
