@@ -10,9 +10,7 @@ Owned by the host. It puts the parts together, and ends them.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
-import sqlite3
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -25,7 +23,7 @@ from engine.catalog import AdapterCatalog
 from engine.core import ClientSlot
 from engine.core_death import CoreDeath
 from engine.generation import ServedVersion, VersionKey
-from engine.intake import UPLOAD_SCHEME, Intake
+from engine.intake import Intake
 from engine.ledger import Ledger
 from engine.pool import ServedView
 from engine.probe import Probe
@@ -60,6 +58,7 @@ from gateway.throughput import Throughput
 from gateway.tracing import Tracing
 from gateway.training import Training
 from gateway.training_plane import TrainingPlane
+from gateway.upload_sweep import UploadSweep
 from gateway.workers import WorkerFleet
 from gateway.wrap import Edge, EdgeInterceptor
 from lora_gateway.v1.adapters_pb2_grpc import add_AdaptersServicer_to_server
@@ -67,11 +66,9 @@ from lora_gateway.v1.admin_pb2_grpc import add_AdminServicer_to_server
 from lora_gateway.v1.training_pb2_grpc import add_TrainingServicer_to_server
 from store.artifacts import ArtifactStore
 from store.jobs import JobStore
-from store.records import VersionState
 from store.registry import Registry
 from store.sources import AllowedSources
-from store.upload_folder import StorageFull
-from store.uploads import UploadBusy, UploadStore
+from store.uploads import UploadStore
 from trainer.pulse import Pulse
 from trainer.served import ServedModel
 
@@ -80,8 +77,6 @@ logger = logging.getLogger(__name__)
 MAX_STREAMS = 256
 """Evaluations, reports, previews, estimates, publications and logs at once: each works, or reads
 files, in a thread."""
-SWEEP_INTERVAL_S = 3600.0
-"""How often uploads that nobody went on with are dropped."""
 
 
 class ControlPlane:
@@ -118,6 +113,7 @@ class ControlPlane:
         self._watches = Slots(MAX_WATCHES, "watches")
         self._tracing = Tracing(settings.otlp_endpoint)
         self._training = TrainingPlane(settings, state_dir, jobs, training_environment)
+        self._upload_sweep = UploadSweep(self._uploads, registry, self._training.sweep_uploads)
         self._served: ServedModel | None = None
         self._modules = BaseModules({})
         self._shards: Shards | None = None
@@ -303,7 +299,7 @@ class ControlPlane:
             tasks.create_task(self._naming.run())
             tasks.create_task(self._renewal.run())
             tasks.create_task(self._judgement.guard())
-            tasks.create_task(self._sweep())
+            tasks.create_task(self._upload_sweep.run())
             tasks.create_task(self._training.run())
 
     async def adopt(self, adapter: str, folder: Path) -> None:
@@ -376,22 +372,3 @@ class ControlPlane:
         add_AdaptersServicer_to_server(servicer, server)
         add_TrainingServicer_to_server(training_servicer, server)
         return server
-
-    async def _sweep(self) -> None:
-        while True:
-            try:
-                await self._sweep_uploads()
-            except (OSError, sqlite3.Error, StorageFull):  # no reason to end with it
-                logger.exception("uploads cannot be swept; trying again later")
-            await asyncio.sleep(SWEEP_INTERVAL_S)
-
-    async def _sweep_uploads(self) -> None:
-        """Drop uploads that nobody went on with, and complete ones that no version needs."""
-        await asyncio.to_thread(self._uploads.sweep)
-        await self._training.sweep_uploads()
-        for tenant, upload_id, is_old in await asyncio.to_thread(self._uploads.complete):
-            made = await self._registry.version_of_request(tenant, UPLOAD_SCHEME + upload_id)
-            if is_old if made is None else made.state is not VersionState.VALIDATING:
-                with contextlib.suppress(UploadBusy):
-                    await asyncio.to_thread(self._uploads.drop, tenant, upload_id)
-                    logger.info("dropped upload %s of %s: no version needs it", upload_id, tenant)

@@ -12,9 +12,9 @@ from prometheus_client import REGISTRY
 
 from engine.errors import AdapterInvalid, ShardUnavailable
 from engine.generation import VersionKey
-from gateway import control
+from gateway import upload_sweep
 from gateway.channel import Want
-from gateway.control import ControlPlane
+from gateway.upload_sweep import UploadSweep
 from lora_gateway.v1 import adapters_pb2 as pb
 from store.artifacts import Artifact, StagedArtifact
 from store.upload_folder import StorageFull
@@ -42,15 +42,15 @@ async def test_a_store_that_fails_does_not_end_the_gateway(
         OSError("gone"),
     ]
 
-    async def sweep_uploads(_: ControlPlane) -> None:
+    async def sweep(_: UploadSweep) -> None:
         if failures:
             raise failures.pop()
         swept.set()
 
     swept = asyncio.Event()
-    monkeypatch.setattr(control, "SWEEP_INTERVAL_S", 0.01)
-    monkeypatch.setattr(ControlPlane, "_sweep_uploads", sweep_uploads)
-    sweeping = asyncio.create_task(ControlPlane._sweep(object.__new__(ControlPlane)))
+    monkeypatch.setattr(upload_sweep, "SWEEP_INTERVAL_S", 0.01)
+    monkeypatch.setattr(UploadSweep, "sweep", sweep)
+    sweeping = asyncio.create_task(object.__new__(UploadSweep).run())
     await asyncio.wait_for(swept.wait(), TIMEOUT_S)
     sweeping.cancel()
 
