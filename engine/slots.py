@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Container, Mapping
 from typing import NamedTuple, Protocol
 
 from engine.generation import VersionKey
@@ -93,6 +93,14 @@ class AdapterSlots:
     def are_contended(self) -> bool:
         """Whether any version waits."""
         return bool(self._waiting)
+
+    def may_enter(self, key: VersionKey, in_use: Container[VersionKey]) -> bool:
+        """Whether a request of this version would wait for no other version's requests; those
+        `in_use` have some that run."""
+        if key in self._open:
+            return True
+        busy = len(self._recalls) + sum(other in in_use for other in self._open)
+        return not self._waiting and busy < self._capacity
 
     def note_waiting(self, key: VersionKey, process: int, waits: bool) -> None:
         """In this process requests wait for the version, or none does any more."""

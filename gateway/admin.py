@@ -40,16 +40,13 @@ class Admin(AdminServicer):
         processes: Processes,
         view: ServedView,
         crashes: Crashes,
-        max_loras: int,
     ) -> None:
-        """`max_loras` is how many adapters a batch may have."""
         self._survey = survey
         self._drains = drains
         self._shards = shards
         self._processes = processes
         self._view = view
         self._crashes = crashes
-        self._max_loras = max_loras
 
     async def ListShards(
         self, request: pb.ListShardsRequest, context: Context
@@ -95,8 +92,7 @@ class Admin(AdminServicer):
             version_reason=codec.encode_version_reason(key, version, split),
             splits=codec.encode_splits(split),
             shards=[
-                codec.encode_route_shard(shards[name], key, self._max_loras)
-                for name in self._shards.order(key)
+                codec.encode_route_shard(shards[name], key) for name in self._shards.order(key)
             ],
             workers=[codec.encode_route(route) for route in sorted(told, key=_process_id)],
             shard=chosen.pop() if len(chosen) == 1 else "",

@@ -90,17 +90,16 @@ def encode_splits(split: Split) -> list[TrafficSplit]:
     return [TrafficSplit(version=arm.version, weight=arm.weight) for arm in split.arms]
 
 
-def encode_route_shard(shard: Surveyed, key: VersionKey | None, max_loras: int) -> pb.RouteShard:
+def encode_route_shard(shard: Surveyed, key: VersionKey | None) -> pb.RouteShard:
     """A shard as one request sees it."""
     up = shard.kept.state is KeeperState.UP
-    others = shard.in_use - {key}
     return pb.RouteShard(
         shard=shard.kept.name,
         state=_STATES[shard.kept.state],
         drained=shard.drain is not None and shard.drain.moved,
         resident=up if key is None else key in shard.places,
         adapters_in_use=len(shard.in_use),
-        slot_free=up and (key is None or key in shard.in_use or len(others) < max_loras),
+        slot_free=shard.has_slot_for(key),
         places_left=shard.places_left,
     )
 

@@ -280,11 +280,7 @@ class ControlPlane:
         places = settings.max_cpu_loras
         survey = ShardSurvey(keepers, ours, drains, self._processes, places)
         add_AdminServicer_to_server(
-            Admin(
-                *(survey, drains, ours, self._processes, self.view, self.crashes),
-                settings.max_loras,
-            ),
-            self._server,
+            Admin(survey, drains, ours, self._processes, self.view, self.crashes), self._server
         )
 
     async def run(self) -> None:

@@ -11,6 +11,7 @@ from engine.errors import ShardUnavailable
 from engine.generation import Load, VersionKey
 from engine.residency import Place
 from engine.residents import Use
+from engine.slots import AdapterSlots
 from gateway.drains import Drain, Drains
 from gateway.keeper import Death
 from gateway.keeper_state import KeeperState
@@ -52,6 +53,14 @@ class Surveyed:
     places_left: int
     places: Mapping[VersionKey, Place]
     uses: Mapping[VersionKey, Use]
+    slots: AdapterSlots | None
+    """None: no core runs."""
+
+    def has_slot_for(self, key: VersionKey | None) -> bool:
+        """Whether a request would be in the next batch, though other versions' requests run."""
+        if self.slots is None or self.kept.state is not KeeperState.UP:
+            return False
+        return key is None or self.slots.may_enter(key, self.in_use)
 
     def use(self, key: VersionKey) -> Use:
         """How a version is used there."""
@@ -108,6 +117,7 @@ class ShardSurvey:
             0 if residency is None else residency.places_left,
             {} if residency is None else {p.version.key: p for p in residency.places()},
             uses,
+            self._shards.slots.get(name),
         )
 
     async def _load(self, name: str) -> Load | None:

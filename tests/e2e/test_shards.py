@@ -85,7 +85,7 @@ async def test_supervisor_replaces_a_core_that_is_killed_under_load(two: Gateway
     homes_of = homes(SPREAD)
     # First of all, so that each is at home, and long: a unary call has no token before its end.
     waiting = [
-        asyncio.create_task(ask(two.address, adapter, max_tokens=600))
+        asyncio.create_task(ask(two.address, adapter, max_tokens=1500, timeout_s=200))
         for adapter, home in homes_of.items()
         if home == victim
     ]

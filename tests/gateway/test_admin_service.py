@@ -292,10 +292,14 @@ async def test_a_shard_that_is_drained_or_dead_is_told_and_stood_in_for(plane: P
     ]
 
 
-async def test_slots_are_told_by_what_runs(plane: Plane, workers: Workers) -> None:
-    first, second, third = living_on("shard-1", 3)
-    for adapter in (first, second, third):
+async def test_slots_are_told_by_who_has_them_and_what_runs(plane: Plane, workers: Workers) -> None:
+    adapters = living_on("shard-1", 3)
+    for adapter in adapters:
         await plane.ready(adapter)
+    # The probes were the first to have slots, and keep them until somebody waits.
+    first, second = [key.adapter for key in plane.control.granted["shard-1"]]
+    (third,) = {*adapters} - {first, second}
+    assert (await explained(plane, adapter=third)).shards[0].slot_free, "the others are idle"
     workers.uses["shard-1"] = {key_of(first): Use(1, 1.0), key_of(second): Use(2, 1.0)}
     told = (await explained(plane, adapter=third)).shards[0]
     assert (told.adapters_in_use, told.slot_free, told.places_left) == (MAX_LORAS, False, 1)
