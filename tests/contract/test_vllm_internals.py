@@ -88,7 +88,9 @@ def test_the_version_is_the_one_that_was_read() -> None:
     assert vllm.__version__.startswith("0.32.0"), "read ADR 0002 again before you move on"
 
 
-@pytest.mark.parametrize(("function", "parameters"), CALLS, ids=lambda value: str(value)[:60])
+@pytest.mark.parametrize(
+    ("function", "parameters"), CALLS, ids=lambda value: getattr(value, "__qualname__", "")
+)
 def test_what_we_call_takes_what_we_pass(
     function: Callable[..., Any], parameters: list[str]
 ) -> None:
