@@ -14,6 +14,7 @@ settings.load_profile("any machine")
 TESTS = Path(__file__).parent
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """For `make test`, which runs two processes of tests: the end-to-end tests share gateways, and
     all go to one of them, at once; each other file goes to whichever is free."""
