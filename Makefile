@@ -170,7 +170,7 @@ format: $(DEV_READY) ## Format Python and proto files, and fix what ruff can
 
 .PHONY: test
 test: $(DEV_READY) ## The quick tests, real engines on the CPU among them, in two processes
-	@$(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
+	@$(BIN)/python -m pytest -n 2 --no-loadscope-reorder $(ARGS)
 
 .PHONY: test-full
 test-full: $(DEV_READY) ## All tests; those on a GPU too where ACCEL finds one
