@@ -12,6 +12,11 @@ settings.register_profile("any machine", deadline=None)
 settings.load_profile("any machine")
 
 END_TO_END = "tests/e2e"
+ALONE = tuple(
+    f"{END_TO_END}/test_{name}.py"
+    for name in ("corpus", "drain", "orphans", "parity", "poison", "start_errors")
+)
+"""End-to-end tests that start gateways of their own."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -20,14 +25,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadScopeScheduling:
-    """For `make test`, which runs two processes of tests: the end-to-end tests share gateways, and
+    """For `make test`, which runs two processes of tests: the end-to-end tests that share gateways
     go to one of them; each other file goes to whichever is free."""
     return Sharing(config, log)
 
 
 class Sharing(LoadScopeScheduling):  # type: ignore[misc]  # it has no types
-    """Shares out files, and the end-to-end tests as if they were one."""
+    """Shares out files, and the end-to-end tests that share gateways as if they were one."""
 
     def _split_scope(self, nodeid: str) -> str:
         file = nodeid.partition("::")[0]
-        return END_TO_END if file.startswith(END_TO_END) else file
+        return END_TO_END if file.startswith(END_TO_END) and file not in ALONE else file

@@ -12,6 +12,7 @@ from typing import Any
 
 import grpc
 import psutil
+import pytest
 from google.rpc import error_details_pb2
 from grpc_health.v1 import health_pb2
 from grpc_health.v1.health_pb2_grpc import HealthStub
@@ -90,6 +91,7 @@ async def test_worker_dies_and_the_standby_takes_over(gateway: GatewayProcess) -
             await asyncio.sleep(0.2)
 
 
+@pytest.mark.slow
 async def test_the_only_core_dies_and_callers_are_told_to_come_back_until_it_is_replaced(
     adapters: Mapping[str, Path], tmp_path: Path
 ) -> None:
