@@ -11,9 +11,10 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from trainer import checkpoint as files
 from trainer.event_writer import EventWriter
 from trainer.events import Checkpoint
+from trainer.fence import Fence
 from trainer.life import Life
 from trainer.progress import ProgressTeller
-from trainer.run_folder import MANIFEST_FILE, RunFolder
+from trainer.run_folder import RunFolder
 
 
 class Stopper(TrainerCallback):  # type: ignore[misc]
@@ -55,6 +56,7 @@ class Stopper(TrainerCallback):  # type: ignore[misc]
         self._heed(state, control)
 
     def _heed(self, state: TrainerState, control: TrainerControl) -> None:
+        self._life.gets_on()
         if not self._life.stop_requested:
             return
         self.stopped = True
@@ -75,6 +77,8 @@ class CheckpointFinisher(TrainerCallback):  # type: ignore[misc]
         events: EventWriter,
         progress: ProgressTeller,
         stopper: Stopper,
+        life: Life,
+        fence: Fence,
         add_files: Callable[[Path, Any], None],
     ) -> None:
         """`add_files` writes into the checkpoint's folder what is known of the model."""
@@ -84,10 +88,18 @@ class CheckpointFinisher(TrainerCallback):  # type: ignore[misc]
         self._events = events
         self._progress = progress
         self._stopper = stopper
+        self._life = life
+        self._fence = fence
         self._add_files = add_files
         self.newest: Checkpoint | None = None
         self.adapter_files: Mapping[str, str] = {}
         """Of the newest: SHA-256 by name."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any
+    ) -> None:
+        # A state that is gone on from says what the attempt before computed at once.
+        state.train_batch_size = args.train_batch_size
 
     def on_save(
         self,
@@ -97,18 +109,17 @@ class CheckpointFinisher(TrainerCallback):  # type: ignore[misc]
         model: Any,
         **kw: Any,
     ) -> None:
+        self._life.gets_on()
+        stands = self._progress.stands
         folder = files.folder_of(self._run, state.global_step)
         self._add_files(folder, model)
-        manifest = files.seal(folder, state.global_step, self._progress.eval_loss)
-        self.newest = Checkpoint(
-            step=state.global_step,
-            folder=f"attempts/{self._attempt}/{self._run.checkpoints.name}/{folder.name}",
-            size_bytes=manifest.size_bytes,
-            sha256=files.sha256_of(folder / MANIFEST_FILE),
-            eval_loss=manifest.eval_loss,
-            create_time_ns=manifest.create_time_ns,
-            final=state.global_step >= state.max_steps and not self._stopper.stopped,
-        )
+        self._fence.check()
+        eval_loss = None if stands is None else stands.eval_loss
+        manifest = files.seal(folder, state.global_step, eval_loss, stands)
+        final = state.global_step >= state.max_steps and not self._stopper.stopped
+        self.newest = files.as_checkpoint(folder, manifest, self._attempt, final=final)
         self.adapter_files = manifest.adapter_files
         self._events.checkpoint(self.newest)
         files.drop_oldest(self._run, self._kept)
+        files.drop_earlier(self._run, self._attempt, self._kept)
+        self._life.gets_on()

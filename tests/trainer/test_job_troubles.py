@@ -162,13 +162,13 @@ async def test_a_cancel_while_the_gateway_starts_is_carried_out(
         await s.create("one", Script(steps=1, wait_for="never"))
         job = await s.until_step("one", 1)
         await s.stop()
-        recover = JobRun.recover
+        find = JobRun.find
 
         async def recover_late(run: JobRun) -> None:
-            await recover(run)
+            await find(run)
             await s.jobs.cancel(TENANT, "one", discard=False)
 
-        monkeypatch.setattr(JobRun, "recover", recover_late)
+        monkeypatch.setattr(JobRun, "find", recover_late)
         s.grace_s = 0.0
         await s.restart()
         async with asyncio.timeout(15):
