@@ -7,7 +7,7 @@ same step is computed in smaller pieces, of which there are few.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from store.job_records import JobRecord, JobState
@@ -126,6 +126,21 @@ def resumed(
     )
     changed = {"resumed_from": newest, "lost_steps": before.lost_steps + lost}
     return before.model_copy(update=changed), stands, notice
+
+
+def too_large(alike: Sequence[JobRecord], spec: JobSpec) -> list[str]:
+    """What jobs like one of this spec found out about memory: what did not do, and what did."""
+    asked = spec.hyperparameters.micro_batch_size or 1
+    for job in alike:
+        ran, failed = JobSpec.model_validate(job.effective_spec), recovery_of(job).too_large
+        shorter = (ran.data.max_sequence_tokens or 0) <= (spec.data.max_sequence_tokens or 0)
+        if failed and asked >= min(failed) and shorter:
+            did = ran.hyperparameters.micro_batch_size
+            return [
+                f"job {job.name!r}, which was like it, ran out of memory with {min(failed)} rows "
+                f"at once and trained with {did}: the same would happen again, and takes time"
+            ]
+    return []
 
 
 def _allowed(spec: JobSpec) -> int:

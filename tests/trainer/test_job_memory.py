@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from store.job_records import EventKind, JobState
-from tests.trainer.job_stage import stage
+from tests.trainer.job_stage import TENANT, served, stage
 from tests.trainer.scripted_worker import Script
 from trainer.recovery import recovery_of
 from trainer.run_folder import RunPlan
-from trainer.spec import JobSpec
+from trainer.spec import Hyperparameters, JobSpec
 
 
 async def test_rows_at_once_are_halved_until_they_fit_and_the_step_stays(tmp_path: Path) -> None:
@@ -54,3 +55,20 @@ async def test_what_was_saved_before_memory_ran_out_is_gone_on_from(tmp_path: Pa
         job = await s.ended("one")
         assert job.state is JobState.SUCCEEDED
         assert await s.steps("one") == [1, 2, 3, 4, 5]
+
+
+async def test_an_estimate_remembers_what_did_not_fit(tmp_path: Path, tiny: Path) -> None:
+    async with stage(tmp_path, served=replace(served(tmp_path), path=tiny)) as s:
+        await s.create("one", Script(memory_rows=2), micro_batch_size=8)
+        assert (await s.ended("one")).state is JobState.SUCCEEDED
+
+        async def warnings(rows: int) -> list[str]:
+            asked = Hyperparameters(micro_batch_size=rows)
+            spec = s.spec().model_copy(update={"hyperparameters": asked})
+            estimate = await s.jobs.estimate(TENANT, spec)
+            return [text for text in estimate.warnings if "out of memory" in text]
+
+        [warning] = await warnings(4)
+        assert "job 'one', which was like it, ran out of memory with 4 rows" in warning
+        assert "trained with 2" in warning
+        assert await warnings(2) == []
