@@ -123,7 +123,8 @@ class Admission:
             served_width_bytes=4 if served.dtype == "float32" else WIDTH_BYTES[Precision.BFLOAT16],
             max_model_len=served.max_model_len,
             max_lora_rank=served.max_lora_rank,
-            pace=pace_of([_run(job) for job in alike]),
+            # The time of one that paused or was lost is not all its own.
+            pace=pace_of([_run(job) for job in alike if job.attempt == 1]),
             price=self._price,
         )
         return replace(found, warnings=(*found.warnings, *too_large(alike, resolved)))

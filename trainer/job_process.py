@@ -22,7 +22,7 @@ from trainer.ingest import as_json
 from trainer.job_folder import JobFolder
 from trainer.journal import HAS_PROCESS
 from trainer.means import Means
-from trainer.recovery import GiveUp, after_loss, recovery_of, resumed
+from trainer.recovery import MAX_BACKOFF_S, GiveUp, after_loss, recovery_of, resumed
 from trainer.refusal import refused
 from trainer.resume import newest_checkpoint
 from trainer.spec import JobSpec
@@ -190,8 +190,8 @@ class JobProcess:
 
     async def wait_and_queue(self, job: JobRecord) -> None:
         """Queue a job that lost its attempt, once the time for that has come."""
-        left_ns = recovery_of(job).retry_time_ns - self._means.clock_ns()
-        await asyncio.sleep(max(0, left_ns) / 1e9)
+        left_s = (recovery_of(job).retry_time_ns - self._means.clock_ns()) / 1e9
+        await asyncio.sleep(min(max(0.0, left_s), MAX_BACKOFF_S))  # clocks are set back
         await self._change(job, JobChange(state=JobState.QUEUED))
 
     async def fail(self, job: JobRecord, failure: JobFailure) -> None:

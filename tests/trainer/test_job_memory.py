@@ -66,6 +66,7 @@ async def test_an_estimate_remembers_what_did_not_fit(tmp_path: Path, tiny: Path
             asked = Hyperparameters(micro_batch_size=rows)
             spec = s.spec().model_copy(update={"hyperparameters": asked})
             estimate = await s.jobs.estimate(TENANT, spec)
+            assert not estimate.measured, "its time is not that of one attempt"
             return [text for text in estimate.warnings if "out of memory" in text]
 
         [warning] = await warnings(4)
