@@ -5,14 +5,20 @@ from __future__ import annotations
 import asyncio
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
+from transformers import TrainerControl, TrainerState
 
 from store.job_records import JobState
 from tests.trainer.job_stage import stage
 from tests.trainer.scripted_worker import Script
 from trainer import attempt as attempt_module
+from trainer.checkpoint import folder_of, is_sealed
+from trainer.checkpointing import CheckpointFinisher
 from trainer.events import FailureReason, JobFailure
 from trainer.fence import Fence, Fenced, fence_of, raise_fence
 from trainer.process import TrainingProcess, kill_all
@@ -65,6 +71,32 @@ with Life(run, Fence(run, 1), lambda: None) as life:
         assert process.stdout is not None
         process.stdout.close()
     assert not run.exit.exists()
+
+
+@pytest.mark.parametrize("newest", [1, 2])
+def test_a_checkpoint_is_sealed_by_the_newest_attempt_alone(run: RunFolder, newest: int) -> None:
+    raise_fence(run, newest)
+    quiet = SimpleNamespace(gets_on=lambda: None, checkpoint=lambda told: None)
+    progress = SimpleNamespace(stands=None)
+    stopper = SimpleNamespace(stopped=False)
+    folder = folder_of(run, 3)
+    folder.mkdir(parents=True)
+    nothing: Any = None
+    finisher = CheckpointFinisher(
+        run,
+        1,
+        2,
+        cast(Any, quiet),
+        cast(Any, progress),
+        cast(Any, stopper),
+        cast(Any, quiet),
+        Fence(run, 1),
+        lambda folder, model: None,
+    )
+    state = TrainerState(global_step=3, max_steps=9)
+    with pytest.raises(Fenced) if newest > 1 else nullcontext():
+        finisher.on_save(nothing, state, TrainerControl(), nothing)
+    assert is_sealed(folder) == (newest == 1)
 
 
 async def test_an_attempt_that_nobody_could_end_overwrites_and_publishes_nothing(
