@@ -185,11 +185,11 @@ async def test_a_cancel_between_two_tries_is_carried_out(
         await s.stop()
         follow, failed = Attempt.follow, asyncio.Event()
 
-        async def fail_once(attempt: Attempt, *arguments: Any) -> JobRecord:
+        async def fail_once(attempt: Attempt, *arguments: Any, **options: Any) -> JobRecord:
             if not failed.is_set():
                 failed.set()
                 raise RuntimeError("once")
-            return await follow(attempt, *arguments)
+            return await follow(attempt, *arguments, **options)
 
         monkeypatch.setattr(Attempt, "follow", fail_once)
         await s.restart()
