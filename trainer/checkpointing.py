@@ -14,6 +14,7 @@ from trainer.events import Checkpoint
 from trainer.fence import Fence
 from trainer.life import Life
 from trainer.progress import ProgressTeller
+from trainer.random_states import RandomStates
 from trainer.run_folder import RunFolder
 
 
@@ -22,6 +23,8 @@ class Stopper(TrainerCallback):  # type: ignore[misc]
 
     What the trainer does after the last step of an epoch it also does here, so an evaluation
     would come first, which nobody waits for. So this callback comes after the trainer's own.
+
+    Stopped within a step, what was drawn for it is drawn again by who goes on.
     """
 
     def __init__(self, run: RunFolder, life: Life) -> None:
@@ -29,15 +32,19 @@ class Stopper(TrainerCallback):  # type: ignore[misc]
         self._life = life
         self.stopped = False
         """Whether it ended the run."""
+        self._after_step: RandomStates | None = None
 
     def on_substep_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any
     ) -> None:
         self._heed(state, control)
+        if self.stopped and self._after_step is not None:
+            self._after_step.restore()
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any
     ) -> None:
+        self._after_step = RandomStates.now()
         self._heed(state, control)
 
     def on_epoch_end(

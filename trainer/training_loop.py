@@ -63,8 +63,13 @@ class RecipeTrainer(Trainer):  # type: ignore[misc]
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Mean loss of held-out rows in nats a token, so the same for every batch size.
 
-        Stopped by a callback, it measures nothing.
+        Stopped by a callback, it measures nothing. It draws nothing at random of what training
+        draws, so a run that is stopped before it goes on as one that was not.
         """
+        with torch.random.fork_rng():
+            return self._evaluate_apart()
+
+    def _evaluate_apart(self) -> dict[str, float]:
         self.model.eval()
         loss, tokens = 0.0, 0
         for batch in DataLoader(

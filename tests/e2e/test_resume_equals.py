@@ -19,14 +19,16 @@ from trainer.spec import Backend
 FIELDS: dict[str, Any] = {
     "hyperparameters": {
         "epochs": 2,
-        "gradient_accumulation": 2,
+        "micro_batch_size": 1,
+        "gradient_accumulation": 4,
         "precision": "float32",
         "quantization": "none",
         "warmup_ratio": 0.2,
     },
     "data": {"eval_fraction": 0.1},
 }
-"""6 steps an epoch, 12 in all; with dropout, evaluations, a schedule, and two micro-batches."""
+"""6 steps an epoch, 12 in all; with dropout, evaluations, a schedule, and four micro-batches a
+step, so that a stop mostly comes within one."""
 TOLD = (
     *("step", "loss", "eval_loss", "learning_rate", "grad_norm", "epoch"),
     *("tokens_seen", "trained_tokens", "total_steps"),
@@ -100,7 +102,7 @@ def test_resume_equals_an_unbroken_run(backend: Backend, tmp_path: Path) -> None
     broken = Story(tmp_path / "broken", backend, tiny, rows)
     running = broken.attempt()
     running.wait_for_step(2)
-    running.stop(save=True)  # within an epoch
+    running.stop(save=True)  # within an epoch, and mostly within a step
     broken.wait(running, 3)
     # It saves within the epoch by time, too, which the unbroken run does not.
     running = broken.attempt(checkpoint_interval_s=1.0)
