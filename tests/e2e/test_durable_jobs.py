@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from pathlib import Path
 
 import pytest
 import pytest_asyncio
@@ -168,30 +167,26 @@ KILLED = {
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
-async def test_kill_job_host_at_each_state(tmp_path: Path) -> None:
-    """A host for each state, killed as soon as a watcher hears of it."""
-    with scripted_gateway(tmp_path) as gateway:
-        async with gateway.channel() as channel:
-            await training.upload(channel, "facts", training.facts())
-        for moment, state in KILLED.items():
-            script = RUNS
-            if moment == "recovering":
-                script = RUNS.model_copy(update={"die_at": 4, "well_from": 2})
-            await gateway.create(moment, script, publish=moment == "finalizing")
-            watch = Watch(gateway, moment)
-            if moment in ("pausing", "paused", "cancelling"):
-                await watch.until(step=3)
-                await gateway.wish("Cancel" if moment == "cancelling" else "Pause", moment)
-            await watch.until(pb.JobState.Value(f"JOB_STATE_{state}"))
-            gateway.kill_and_start()
-            if moment in ("pausing", "paused"):
-                await watch.until(pb.JOB_STATE_PAUSED)
-                await gateway.wish("Resume", moment)
-            job = await watch.end()
-            if moment == "cancelling":
-                assert job.state == pb.JOB_STATE_CANCELLED
-            else:
-                whole(watch, job)
-            print(f"killed at {state}: {len(watch.events)} events, {watch.states}")
-        print(f"{len(KILLED)} kill points of the host, {gateway.starts} gateways")
+@pytest.mark.parametrize("moment", KILLED)
+async def test_kill_job_host_at_each_state(gateway: ScriptedGateway, moment: str) -> None:
+    """Killed as soon as a watcher hears of the state."""
+    name, state = f"host-at-{moment}", KILLED[moment]
+    script = RUNS
+    if moment == "recovering":
+        script = RUNS.model_copy(update={"die_at": 4, "well_from": 2})
+    await gateway.create(name, script, publish=moment == "finalizing")
+    watch = Watch(gateway, name)
+    if moment in ("pausing", "paused", "cancelling"):
+        await watch.until(step=3)
+        await gateway.wish("Cancel" if moment == "cancelling" else "Pause", name)
+    await watch.until(pb.JobState.Value(f"JOB_STATE_{state}"))
+    gateway.kill_and_start()
+    if moment in ("pausing", "paused"):
+        await watch.until(pb.JOB_STATE_PAUSED)
+        await gateway.wish("Resume", name)
+    job = await watch.end()
+    if moment == "cancelling":
+        assert job.state == pb.JOB_STATE_CANCELLED
+    else:
+        whole(watch, job)
+    print(f"1 kill point: host at {state}, {len(watch.events)} events, {watch.states}")
