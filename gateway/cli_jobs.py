@@ -82,6 +82,20 @@ async def cancel(
 
 @app.command()
 @connected
+async def pause(client: GatewayClient, name: Name, json: Json = False) -> None:
+    """Ask a job to save and to leave its device, until it is resumed."""
+    print_job(await client.training.pause_job(name), json)
+
+
+@app.command()
+@connected
+async def resume(client: GatewayClient, name: Name, json: Json = False) -> None:
+    """Let a paused job go on from its newest checkpoint."""
+    print_job(await client.training.resume_job(name), json)
+
+
+@app.command()
+@connected
 async def logs(
     client: GatewayClient,
     name: Name,

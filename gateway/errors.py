@@ -79,6 +79,8 @@ from trainer.errors import (
     DatasetInvalid,
     GateRejected,
     InvalidSpec,
+    JobNotPausable,
+    JobNotResumable,
     TrainingUnavailable,
     UnservableAdapter,
 )
@@ -253,6 +255,22 @@ _TABLE: tuple[tuple[type[Exception], Callable[..., answers.Answer]], ...] = (
         JobActive,
         answers.says(
             code_pb2.FAILED_PRECONDITION, ErrorReason.ERROR_REASON_JOB_ACTIVE, "job", "state"
+        ),
+    ),
+    (
+        JobNotPausable,
+        answers.says(
+            code_pb2.FAILED_PRECONDITION,
+            ErrorReason.ERROR_REASON_JOB_NOT_PAUSABLE,
+            *("job", "state"),
+        ),
+    ),
+    (
+        JobNotResumable,
+        answers.says(
+            code_pb2.FAILED_PRECONDITION,
+            ErrorReason.ERROR_REASON_JOB_NOT_RESUMABLE,
+            *("job", "state"),
         ),
     ),
     (QueueFull, answers.queue_full),

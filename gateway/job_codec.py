@@ -26,6 +26,7 @@ from trainer.events import (
     PublicationState,
 )
 from trainer.journal import Heartbeat
+from trainer.recovery import attempts_left, recovery_of
 from trainer.spec import JobSpec
 
 _STATES = {state: pb.JobState.Value(f"JOB_STATE_{state.name}") for state in JobState}
@@ -90,6 +91,8 @@ def encode_job(record: JobRecord, queue_position: int = 0) -> pb.Job:
     checkpoint_step = 0
     if record.manifest is not None:
         checkpoint_step = Manifest.model_validate(record.manifest).checkpoint.step
+    recovery = recovery_of(record)
+    recovers = record.state is JobState.RECOVERING
     return pb.Job(
         name=record.name,
         spec=encode_spec(record.spec),
@@ -112,6 +115,14 @@ def encode_job(record: JobRecord, queue_position: int = 0) -> pb.Job:
         labels=record.labels,
         attempt=record.attempt,
         notices=[_notice(notice) for notice in record.notices],
+        attempts_left=attempts_left(JobSpec.model_validate(record.effective_spec), recovery),
+        resumed_from=(
+            None
+            if recovery.resumed_from is None
+            else encode_checkpoint(recovery.resumed_from, record.name)
+        ),
+        lost_steps=recovery.lost_steps,
+        retry_time=encode_time(recovery.retry_time_ns) if recovers else None,
     )
 
 

@@ -115,6 +115,9 @@ class Settings(BaseSettings):
     training_python: Path | None = Field(
         None, description="Interpreter of training processes. Default: this one."
     )
+    training_stall_timeout_s: float = Field(
+        300, gt=0, description="A training process that does not get on for so long is replaced."
+    )
     training_price: str | None = Field(
         None, description="Price of a device hour for estimates, for example '2.50 EUR'."
     )

@@ -212,6 +212,18 @@ class Training(TrainingServicer):
         record = await self._jobs.cancel(_tenant(), request.name, discard=request.discard)
         return pb.CancelJobResponse(job=self._encoded(record))
 
+    async def PauseJob(self, request: pb.PauseJobRequest, context: Context) -> pb.PauseJobResponse:
+        refuse(name_violations(request.name, "name"))
+        record = await self._jobs.pause(_tenant(), request.name)
+        return pb.PauseJobResponse(job=self._encoded(record))
+
+    async def ResumeJob(
+        self, request: pb.ResumeJobRequest, context: Context
+    ) -> pb.ResumeJobResponse:
+        refuse(name_violations(request.name, "name"))
+        record = await self._jobs.resume(_tenant(), request.name)
+        return pb.ResumeJobResponse(job=self._encoded(record))
+
     async def DeleteJob(
         self, request: pb.DeleteJobRequest, context: Context
     ) -> pb.DeleteJobResponse:

@@ -96,6 +96,7 @@ class TrainingPlane:
             python=python,
             environment=environment,
             price=_price(settings.training_price),
+            stall_timeout_s=settings.training_stall_timeout_s,
         )
         return Training(
             self.store,

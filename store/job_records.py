@@ -23,6 +23,12 @@ class JobState(enum.Enum):
     """A training process was started, and loads the base model."""
     RUNNING = "running"
     """Steps run."""
+    PAUSING = "pausing"
+    """The training process was asked to save and end; the job is to go on later."""
+    PAUSED = "paused"
+    """Rests without a device until it is resumed."""
+    RECOVERING = "recovering"
+    """The training process is gone before its time; the job waits for its next attempt."""
     CANCELLING = "cancelling"
     """The training process was asked to end."""
     FINALIZING = "finalizing"
@@ -39,9 +45,40 @@ class JobState(enum.Enum):
 
 TRANSITIONS: Mapping[JobState, frozenset[JobState]] = {
     JobState.VALIDATING: frozenset({JobState.QUEUED, JobState.CANCELLING, JobState.FAILED}),
-    JobState.QUEUED: frozenset({JobState.PREPARING, JobState.CANCELLING, JobState.FAILED}),
-    JobState.PREPARING: frozenset({JobState.RUNNING, JobState.CANCELLING, JobState.FAILED}),
-    JobState.RUNNING: frozenset({JobState.FINALIZING, JobState.CANCELLING, JobState.FAILED}),
+    JobState.QUEUED: frozenset(
+        {JobState.PREPARING, JobState.PAUSED, JobState.CANCELLING, JobState.FAILED}
+    ),
+    JobState.PREPARING: frozenset(
+        {
+            JobState.RUNNING,
+            JobState.PAUSING,
+            JobState.RECOVERING,
+            JobState.CANCELLING,
+            JobState.FAILED,
+        }
+    ),
+    JobState.RUNNING: frozenset(
+        {
+            JobState.FINALIZING,
+            JobState.PAUSING,
+            JobState.RECOVERING,
+            JobState.CANCELLING,
+            JobState.FAILED,
+        }
+    ),
+    JobState.PAUSING: frozenset(
+        {
+            JobState.PAUSED,
+            JobState.FINALIZING,  # it was done before it heard
+            JobState.RECOVERING,
+            JobState.CANCELLING,
+            JobState.FAILED,
+        }
+    ),
+    JobState.PAUSED: frozenset({JobState.QUEUED, JobState.CANCELLING}),
+    JobState.RECOVERING: frozenset(
+        {JobState.QUEUED, JobState.PAUSED, JobState.CANCELLING, JobState.FAILED}
+    ),
     JobState.FINALIZING: frozenset({JobState.SUCCEEDED, JobState.CANCELLING, JobState.FAILED}),
     JobState.CANCELLING: frozenset({JobState.CANCELLED}),
     JobState.SUCCEEDED: frozenset(),
@@ -54,10 +91,21 @@ class Intent(enum.Enum):
     """What its owner wants of a job, kept apart from where it stands: it survives a restart."""
 
     RUN = "run"
+    PAUSE = "pause"
+    """Save, leave the device, and wait."""
     CANCEL = "cancel"
     """End, and keep the newest checkpoint."""
     DISCARD = "discard"
     """End, and keep no checkpoint."""
+
+    @property
+    def ends(self) -> bool:
+        """Whether the job is to end before it is done."""
+        return self in (Intent.CANCEL, Intent.DISCARD)
+
+    def then(self, wish: Intent) -> Intent:
+        """What is wanted once somebody wishes for that: an end is not taken back."""
+        return self if self is Intent.DISCARD or (self.ends and not wish.ends) else wish
 
 
 class EventKind(enum.Enum):
@@ -162,6 +210,8 @@ class JobRecord:
     """A `trainer.events.JobFailure` if it FAILED."""
     notices: Sequence[Mapping[str, Any]]
     """`trainer.events.Notice`s, the first MAX_NOTICES."""
+    recovery: Mapping[str, Any]
+    """A `trainer.recovery.Recovery`."""
     create_time_ns: int
     start_time_ns: int | None
     """When its first training process was started."""
@@ -191,6 +241,10 @@ class JobChange:
 
     state: JobState | None = None
     """Also writes a STATE_CHANGED event, before the others."""
+    cause: Mapping[str, Any] | None = None
+    """A `trainer.events.JobFailure` for that event alone, of a job that goes on all the same."""
+    intent: Intent | None = None
+    """Unless that takes back an end."""
     effective_spec: Mapping[str, Any] | None = None
     attempt: int | None = None
     """A new attempt; `ingested_bytes` begins at 0 again."""
@@ -200,6 +254,7 @@ class JobChange:
     progress: Mapping[str, Any] | None = None
     manifest: Mapping[str, Any] | None = None
     error: Mapping[str, Any] | None = None
+    recovery: Mapping[str, Any] | None = None
     notices: Sequence[Mapping[str, Any]] = ()
     """To be added."""
     events: Sequence[NewEvent] = ()

@@ -136,8 +136,8 @@ class JobStore(Protocol):
         """
 
     async def intend(self, tenant: str, name: str, intent: Intent) -> JobRecord:
-        """Say what is wanted of a job. Of one that has ended nothing changes, and a DISCARD is
-        not taken back. Raises JobUnknown."""
+        """Say what is wanted of a job. Of one that has ended nothing changes, and an end is not
+        taken back; a CANCEL may become a DISCARD. Raises JobUnknown."""
 
     async def delete_job(self, tenant: str, name: str) -> JobRecord:
         """Forget a job that has ended, with its events; as it was. Raises JobUnknown, or

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from store.job_records import Intent, JobExists, JobRecord, JobState, NewJob, QueueFull
+from store.job_transitions import state_changed
 from store.records import NAME, InvalidName, RequestIdReused
 from store.sqlite_columns import json_to_column, mapping_to_column
 from store.sqlite_datasets import read_dataset
-from store.sqlite_job_events import state_changed, write_job_events
+from store.sqlite_job_events import write_job_events
 from store.sqlite_job_rows import count_active_jobs, read_job, update_job
 
 # A counter, because SQLite's own numbers are used again when the newest row is deleted, and a page

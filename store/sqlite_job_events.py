@@ -3,25 +3,12 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
-from typing import Any
 
-from store.job_records import EventKind, JobEventRecord, JobRecord, JobState, NewEvent
+from store.job_records import EventKind, JobEventRecord, JobRecord, NewEvent
 from store.sqlite_columns import json_from_column, json_to_column
 from store.sqlite_events import MAX_INTEGER
-
-
-def state_changed(
-    previous: JobState | None, state: JobState, error: Mapping[str, Any] | None = None
-) -> NewEvent:
-    """The event of a transition; `previous` is None for the first state of a job."""
-    payload = {
-        "previous_state": None if previous is None else previous.value,
-        "state": state.value,
-        "error": error,
-    }
-    return NewEvent(EventKind.STATE_CHANGED, payload)
 
 
 def write_job_events(

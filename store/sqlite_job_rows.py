@@ -13,7 +13,8 @@ from store.sqlite_events import MAX_INTEGER
 _SELECT = """
 SELECT tenant, name, uid, number, adapter, dataset, eval_dataset, spec, effective_spec,
        fingerprints, labels, state, intent, epoch, attempt, device, ingested_bytes, last_sequence,
-       publication, progress, manifest, error, notices, create_time_ns, start_time_ns, end_time_ns
+       publication, progress, manifest, error, notices, create_time_ns, start_time_ns, end_time_ns,
+       recovery
 FROM job
 """
 
@@ -84,7 +85,8 @@ def update_job(db: sqlite3.Connection, record: JobRecord) -> None:
     db.execute(
         "UPDATE job SET effective_spec = ?, state = ?, intent = ?, epoch = ?, attempt = ?,"
         " device = ?, ingested_bytes = ?, last_sequence = ?, publication = ?, progress = ?,"
-        " manifest = ?, error = ?, notices = ?, start_time_ns = ?, end_time_ns = ? WHERE uid = ?",
+        " manifest = ?, error = ?, notices = ?, start_time_ns = ?, end_time_ns = ?, recovery = ?"
+        " WHERE uid = ?",
         (
             json_to_column(record.effective_spec),
             record.state.value,
@@ -101,6 +103,7 @@ def update_job(db: sqlite3.Connection, record: JobRecord) -> None:
             json_to_column(record.notices),
             record.start_time_ns,
             record.end_time_ns,
+            json_to_column(record.recovery),
             record.uid,
         ),
     )
@@ -138,6 +141,7 @@ def _record(row: tuple[Any, ...]) -> JobRecord:
         create_time_ns,
         start_time_ns,
         end_time_ns,
+        recovery,
     ) = row
     return JobRecord(
         tenant=tenant,
@@ -166,4 +170,5 @@ def _record(row: tuple[Any, ...]) -> JobRecord:
         create_time_ns=create_time_ns,
         start_time_ns=start_time_ns,
         end_time_ns=end_time_ns,
+        recovery=json_from_column(recovery),
     )

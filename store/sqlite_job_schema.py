@@ -61,3 +61,8 @@ CREATE TABLE job_event (
     PRIMARY KEY (uid, sequence)
 ) STRICT, WITHOUT ROWID;
 """
+
+RECOVERY_SCHEMA = """
+ALTER TABLE job ADD COLUMN recovery TEXT NOT NULL DEFAULT '{}'
+"""
+"""What schema 4 has more, JSON; a column behind the others, in a new file too."""

@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from store.records import RegistryUnusable
-from store.sqlite_job_schema import JOB_SCHEMA
+from store.sqlite_job_schema import JOB_SCHEMA, RECOVERY_SCHEMA
 from store.sqlite_migration import migrate_1_to_2
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 BUSY_TIMEOUT_S = 5.0
 """Wait for a lock that somebody's `sqlite3` shell holds on the file."""
 
@@ -165,6 +165,9 @@ def _migrate(connection: sqlite3.Connection, path: Path, now_ns: int) -> None:
             _make(connection)
     elif found == 2:
         _run(connection, JOB_SCHEMA)  # what schema 3 has more
+        _run(connection, RECOVERY_SCHEMA)
+    elif found == 3:
+        _run(connection, RECOVERY_SCHEMA)
     elif found == 0:
         raise _unusable(path, "it is another program's database")
     else:
@@ -178,6 +181,7 @@ def _migrate(connection: sqlite3.Connection, path: Path, now_ns: int) -> None:
 def _make(connection: sqlite3.Connection) -> None:
     _run(connection, SCHEMA)
     _run(connection, JOB_SCHEMA)
+    _run(connection, RECOVERY_SCHEMA)
 
 
 def _run(connection: sqlite3.Connection, script: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from dataclasses import replace
 
 from store.job_records import DatasetRecord, JobRecord, JobState
 from trainer.capabilities import Capabilities, Installed, installed_for
@@ -15,12 +16,13 @@ from trainer.errors import (
     InvalidSpec,
     TrainingUnavailable,
 )
-from trainer.estimate import Estimate, Pace, Price, estimate, pace_of
+from trainer.estimate import Estimate, Price, estimate, pace_of
 from trainer.events import Progress
 from trainer.footprint import WIDTH_BYTES
 from trainer.means import DATA_PATH, Means
 from trainer.model_size import ModelSize, model_size
 from trainer.publisher import Finding
+from trainer.recovery import too_large
 from trainer.spec import DatasetFormat, JobSpec, Precision
 
 MEASURED_RUNS = 20
@@ -111,7 +113,8 @@ class Admission:
         device, served = self._devices[0], self._means.served
         if self._size is None:
             self._size = await asyncio.to_thread(model_size, served.path)
-        return estimate(
+        alike = await self._alike(tenant, resolved)
+        found = estimate(
             resolved,
             rows.prepared.report,
             self._size,
@@ -120,16 +123,18 @@ class Admission:
             served_width_bytes=4 if served.dtype == "float32" else WIDTH_BYTES[Precision.BFLOAT16],
             max_model_len=served.max_model_len,
             max_lora_rank=served.max_lora_rank,
-            pace=await self._pace(tenant, resolved),
+            # The time of one that paused or was lost is not all its own.
+            pace=pace_of([_run(job) for job in alike if job.attempt == 1]),
             price=self._price,
         )
+        return replace(found, warnings=(*found.warnings, *too_large(alike, resolved)))
 
-    async def _pace(self, tenant: str, spec: JobSpec) -> Pace | None:
-        """How fast jobs like it ran: of this model, backend and precision."""
+    async def _alike(self, tenant: str, spec: JobSpec) -> list[JobRecord]:
+        """Jobs that ran and are like it: of this model, backend and precision. Newest first."""
         jobs = await self._means.store.jobs(
             tenant, limit=MEASURED_RUNS, states=[JobState.SUCCEEDED]
         )
-        return pace_of([_run(job) for job in jobs if _alike(job, spec)])
+        return [job for job in jobs if _alike(job, spec)]
 
     async def _look_up(self) -> Installed:
         async with self._asking:

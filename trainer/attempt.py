@@ -9,11 +9,13 @@ from collections.abc import Mapping, Sequence
 from store.job_records import JobRecord
 from trainer.ending import Ending, ending, said_last
 from trainer.event_file import Line, read_events
+from trainer.fence import raise_fence
 from trainer.ingest import changes
 from trainer.journal import Journal
 from trainer.process import TrainingProcess, is_locked, kill_all
 from trainer.run_folder import RunFolder, RunPlan, StopRequest, write_whole
 from trainer.to_the_end import to_the_end
+from trainer.watchdog import Watchdog, signs
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +34,15 @@ class RunUnattached(Exception):
 
     def __init__(self, run: RunFolder) -> None:
         super().__init__(f"{run.path}: its lock is held, and its process is not found")
+
+
+class RunHung(Exception):
+    """The process of an attempt does not get on."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__(f"the training process {how}")
+        self.how = how
+        """In words that follow its name."""
 
 
 class Attempt:
@@ -60,6 +71,7 @@ class Attempt:
 
     def _start(self, plan: RunPlan, command: Sequence[str], environment: Mapping[str, str]) -> None:
         self._run.path.mkdir(parents=True, exist_ok=True)
+        raise_fence(self._run, plan.attempt)
         write_whole(self._run.plan, plan)
         self._process = TrainingProcess.start(self._run, command, environment)
 
@@ -93,10 +105,13 @@ class Attempt:
         """Whether a process was ever started for it; the lock is made just before."""
         return self._process is not None or self._run.lock.exists()
 
-    async def follow(self, job: JobRecord, until_s: float | None = None) -> JobRecord:
+    async def follow(
+        self, job: JobRecord, until_s: float | None = None, watchdog: Watchdog | None = None
+    ) -> JobRecord:
         """Take in its events until it has said its last, or until that time on the loop's clock.
 
-        Returns the job as it is then. Raises JobChanged if somebody else changed its state.
+        Returns the job as it is then. Raises JobChanged if somebody else changed its state, and
+        RunHung if the watchdog says so.
         """
         clock = asyncio.get_running_loop().time
         while True:
@@ -107,6 +122,10 @@ class Attempt:
                 continue
             if not busy or (until_s is not None and clock() >= until_s):
                 return job
+            if watchdog is not None and (
+                how := watchdog.look(await asyncio.to_thread(signs, self._run))
+            ):
+                raise RunHung(how)
             left_s = POLL_INTERVAL_S if until_s is None else until_s - clock()
             await asyncio.sleep(max(0.0, min(POLL_INTERVAL_S, left_s)))
 

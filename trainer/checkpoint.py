@@ -11,7 +11,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from trainer.events import Manifest
+from trainer.events import Checkpoint, Manifest, Progress
 from trainer.run_folder import ADAPTER_FOLDER, MANIFEST_FILE, RunFolder, write_whole
 
 PREFIX = "checkpoint-"
@@ -33,6 +33,13 @@ class CheckpointManifest(BaseModel):
     eval_loss: float | None = None
     """Measured last before."""
     create_time_ns: int
+    progress: Progress | None = None
+    """Where the run stood; None: a release saved it that could not go on from it."""
+
+    @property
+    def resumable(self) -> bool:
+        """Whether a run can go on from it."""
+        return self.progress is not None
 
     @property
     def adapter_files(self) -> dict[str, str]:
@@ -55,8 +62,13 @@ def is_sealed(folder: Path) -> bool:
     return (folder / MANIFEST_FILE).is_file()
 
 
-def seal(folder: Path, step: int, eval_loss: float | None) -> CheckpointManifest:
-    """Make a checkpoint's files durable, and then write the manifest that says so."""
+def seal(
+    folder: Path, step: int, eval_loss: float | None, progress: Progress | None = None
+) -> CheckpointManifest:
+    """Make a checkpoint's files durable, and then write the manifest that says so.
+
+    `progress` is where the run stands, if it can go on from there.
+    """
     files = {}
     size_bytes = 0
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
@@ -71,6 +83,7 @@ def seal(folder: Path, step: int, eval_loss: float | None) -> CheckpointManifest
         size_bytes=size_bytes,
         eval_loss=eval_loss,
         create_time_ns=time.time_ns(),
+        progress=progress,
     )
     write_whole(folder / MANIFEST_FILE, manifest)
     _sync(folder.parent)
@@ -98,6 +111,23 @@ def verify(folder: Path) -> CheckpointManifest:
         if found != digest:
             raise CheckpointCorrupt(f"{folder.name} has another {name} than was saved")
     return manifest
+
+
+def as_checkpoint(
+    folder: Path, manifest: CheckpointManifest, attempt: int, *, final: bool = False
+) -> Checkpoint:
+    """A sealed checkpoint of an attempt as it is told of."""
+    return Checkpoint(
+        step=manifest.step,
+        folder=f"attempts/{attempt}/{folder.parent.name}/{folder.name}",
+        size_bytes=manifest.size_bytes,
+        sha256=sha256_of(folder / MANIFEST_FILE),
+        eval_loss=manifest.eval_loss,
+        create_time_ns=manifest.create_time_ns,
+        final=final,
+        attempt=attempt,
+        progress=manifest.progress,
+    )
 
 
 def verified_manifest(run: RunFolder) -> Manifest:
@@ -128,6 +158,29 @@ def drop_oldest(run: RunFolder, kept: int, spared: Iterable[int] = ()) -> None:
     """Remove finished checkpoints until the newest `kept` are left, and those spared."""
     for step in sorted(set(steps_of(run)[:-kept]) - set(spared)):
         remove(folder_of(run, step))
+
+
+def drop_earlier(run: RunFolder, attempt: int, kept: int) -> None:
+    """Remove what attempts before this one of the run saved, but for the newest that make up
+    `kept` with its own."""
+    left = kept - len(steps_of(run))
+    for number in range(attempt - 1, 0, -1):
+        earlier = RunFolder(run.path.with_name(str(number)))
+        steps = steps_of(earlier)
+        for step in steps[: max(0, len(steps) - max(0, left))]:
+            remove(folder_of(earlier, step))
+        left -= len(steps)
+
+
+def adopt(run: RunFolder, folder: Path) -> Path:
+    """Make the checkpoint of an earlier attempt one of this run, whole or not at all. Its files
+    stay one with the earlier one's."""
+    own = run.checkpoints / folder.name
+    new = own.with_name(f"{own.name}.new")
+    shutil.copytree(folder, new, copy_function=os.link)
+    new.rename(own)
+    _sync(run.checkpoints)
+    return own
 
 
 def remove(folder: Path) -> None:

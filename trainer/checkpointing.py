@@ -11,9 +11,11 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from trainer import checkpoint as files
 from trainer.event_writer import EventWriter
 from trainer.events import Checkpoint
+from trainer.fence import Fence
 from trainer.life import Life
 from trainer.progress import ProgressTeller
-from trainer.run_folder import MANIFEST_FILE, RunFolder
+from trainer.random_states import RandomStates
+from trainer.run_folder import RunFolder
 
 
 class Stopper(TrainerCallback):  # type: ignore[misc]
@@ -21,6 +23,8 @@ class Stopper(TrainerCallback):  # type: ignore[misc]
 
     What the trainer does after the last step of an epoch it also does here, so an evaluation
     would come first, which nobody waits for. So this callback comes after the trainer's own.
+
+    Stopped within a step, what was drawn for it is drawn again by who goes on.
     """
 
     def __init__(self, run: RunFolder, life: Life) -> None:
@@ -28,15 +32,19 @@ class Stopper(TrainerCallback):  # type: ignore[misc]
         self._life = life
         self.stopped = False
         """Whether it ended the run."""
+        self._after_step: RandomStates | None = None
 
     def on_substep_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any
     ) -> None:
         self._heed(state, control)
+        if self.stopped and self._after_step is not None:
+            self._after_step.restore()
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any
     ) -> None:
+        self._after_step = RandomStates.now()
         self._heed(state, control)
 
     def on_epoch_end(
@@ -55,6 +63,7 @@ class Stopper(TrainerCallback):  # type: ignore[misc]
         self._heed(state, control)
 
     def _heed(self, state: TrainerState, control: TrainerControl) -> None:
+        self._life.gets_on()
         if not self._life.stop_requested:
             return
         self.stopped = True
@@ -75,6 +84,8 @@ class CheckpointFinisher(TrainerCallback):  # type: ignore[misc]
         events: EventWriter,
         progress: ProgressTeller,
         stopper: Stopper,
+        life: Life,
+        fence: Fence,
         add_files: Callable[[Path, Any], None],
     ) -> None:
         """`add_files` writes into the checkpoint's folder what is known of the model."""
@@ -84,10 +95,18 @@ class CheckpointFinisher(TrainerCallback):  # type: ignore[misc]
         self._events = events
         self._progress = progress
         self._stopper = stopper
+        self._life = life
+        self._fence = fence
         self._add_files = add_files
         self.newest: Checkpoint | None = None
         self.adapter_files: Mapping[str, str] = {}
         """Of the newest: SHA-256 by name."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any
+    ) -> None:
+        # A state that is gone on from says what the attempt before computed at once.
+        state.train_batch_size = args.train_batch_size
 
     def on_save(
         self,
@@ -97,18 +116,17 @@ class CheckpointFinisher(TrainerCallback):  # type: ignore[misc]
         model: Any,
         **kw: Any,
     ) -> None:
+        self._life.gets_on()
+        stands = self._progress.stands
         folder = files.folder_of(self._run, state.global_step)
         self._add_files(folder, model)
-        manifest = files.seal(folder, state.global_step, self._progress.eval_loss)
-        self.newest = Checkpoint(
-            step=state.global_step,
-            folder=f"attempts/{self._attempt}/{self._run.checkpoints.name}/{folder.name}",
-            size_bytes=manifest.size_bytes,
-            sha256=files.sha256_of(folder / MANIFEST_FILE),
-            eval_loss=manifest.eval_loss,
-            create_time_ns=manifest.create_time_ns,
-            final=state.global_step >= state.max_steps and not self._stopper.stopped,
-        )
+        self._fence.check()
+        eval_loss = None if stands is None else stands.eval_loss
+        manifest = files.seal(folder, state.global_step, eval_loss, stands)
+        final = state.global_step >= state.max_steps and not self._stopper.stopped
+        self.newest = files.as_checkpoint(folder, manifest, self._attempt, final=final)
         self.adapter_files = manifest.adapter_files
         self._events.checkpoint(self.newest)
         files.drop_oldest(self._run, self._kept)
+        files.drop_earlier(self._run, self._attempt, self._kept)
+        self._life.gets_on()

@@ -42,7 +42,15 @@ class Lost:
     failure: JobFailure
 
 
-Ending: TypeAlias = Finished | Failed | Lost
+@dataclass(frozen=True, slots=True)
+class Stopped:
+    """The process ended because it was asked to."""
+
+    failure: JobFailure
+    """What its owner is told if that was not us."""
+
+
+Ending: TypeAlias = Finished | Failed | Lost | Stopped
 
 
 def ending(run: RunFolder, exit_code: int | None) -> Ending:
@@ -52,15 +60,15 @@ def ending(run: RunFolder, exit_code: int | None) -> Ending:
     """
     told = _exit(run)
     if told is None:
-        return _lost(run, f"the training process {_death(exit_code)}")
+        return lost(run, *_death(exit_code))
     if told.ok:
         try:
             return Finished(verified_manifest(run))
         except CheckpointCorrupt as error:
-            return _lost(run, f"the training process ended, but its result is damaged: {error}")
+            return lost(run, f"ended, but its result is damaged: {error}")
     if told.failure is not None:
         return Failed(told.failure)
-    return _lost(run, "the training process was asked to end, and not by the gateway")
+    return Stopped(lost(run, "was asked to end, and not by the gateway").failure)
 
 
 def said_last(run: RunFolder) -> bool:
@@ -81,22 +89,25 @@ def _exit(run: RunFolder) -> RunExit | None:
         return None
 
 
-def _death(exit_code: int | None) -> str:
+def _death(exit_code: int | None) -> tuple[str, str]:
+    """What became of a process that said nothing, and what is to be known of that."""
     if exit_code is None:
-        return "died while the gateway was away"
+        return "died while the gateway was away", ""
     if exit_code >= 0:
-        return f"ended with exit code {exit_code}"
+        return f"ended with exit code {exit_code}", ""
     name = signal.Signals(-exit_code).name
     if -exit_code == signal.SIGKILL:
-        return f"was killed by {name}, as the kernel does when the host's memory runs out"
-    return f"was killed by {name}"
+        return f"was killed by {name}", ", as the kernel does when the host's memory runs out"
+    return f"was killed by {name}", ""
 
 
-def _lost(run: RunFolder, what: str) -> Lost:
+def lost(run: RunFolder, what: str, more: str = "") -> Lost:
+    """The end of a process that proves no success; `what` became of it, in words that follow
+    its name, and `more` explains. Blocks."""
     last = last_line(run)
     if says_storage_full(last):  # too full for the process to write down why it failed
         return Lost(storage_full({"attempt": run.path.name}))
-    message = f"{what}; GetJobLogs has what it printed, and CreateJob starts it again"
+    message = f"the training process {what}{more}; GetJobLogs has what it printed"
     if last:
         message += f". Its last line: {last}"
     return Lost(
@@ -104,6 +115,8 @@ def _lost(run: RunFolder, what: str) -> Lost:
             reason=FailureReason.TRAINER_LOST,
             message=message,
             metadata={"attempt": run.path.name},
+            retryable=True,
+            summary=what,
         )
     )
 

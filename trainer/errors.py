@@ -7,6 +7,8 @@ TrainingError
 ├── TrainingUnavailable
 ├── DatasetInvalid
 ├── CheckpointUnknown
+├── JobNotPausable
+├── JobNotResumable
 └── GateRejected
 """
 
@@ -14,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from store.job_records import JobState
 from trainer.events import Publication
 from trainer.publisher import Finding
 from trainer.report import DatasetReport
@@ -71,6 +74,29 @@ class CheckpointUnknown(TrainingError, LookupError):
         super().__init__(f"job {job!r} has {what}; list what there is with ListCheckpoints")
         self.job = job
         self.step = "newest" if step is None else str(step)
+
+
+class JobNotPausable(TrainingError):
+    """There is no training to pause."""
+
+    def __init__(self, job: str, state: JobState) -> None:
+        super().__init__(
+            f"job {job!r} is {state.name}, or to end: there is no training to pause; wait, or "
+            "cancel it"
+        )
+        self.job = job
+        self.state = state
+
+
+class JobNotResumable(TrainingError):
+    """The job does not go on."""
+
+    def __init__(self, job: str, state: JobState) -> None:
+        super().__init__(
+            f"job {job!r} is {state.name}, or to end, and does not go on; create it again"
+        )
+        self.job = job
+        self.state = state
 
 
 class GateRejected(TrainingError):

@@ -38,6 +38,13 @@ class JobFailure(Payload):
     reason: FailureReason
     message: str
     metadata: Mapping[str, str] = {}
+    retryable: bool = False
+    """Whether another attempt may do better: nothing that was asked for is at fault."""
+    summary: str = ""
+    """What happened, in a few words that follow a name; empty: the message says it."""
+
+
+MEASURED = ("loss", "eval_loss", "learning_rate", "grad_norm")
 
 
 class Progress(Payload):
@@ -58,6 +65,14 @@ class Progress(Payload):
     eta_s: float = 0.0
     elapsed_s: float = 0.0
 
+    def after(self, before: Progress | None) -> Progress:
+        """The same with what was measured last before, of what it does not tell: a step has no
+        eval loss and an evaluation nothing else."""
+        if before is None:
+            return self
+        told = {name: getattr(before, name) for name in MEASURED if getattr(self, name) is None}
+        return self.model_copy(update=told)
+
 
 class Checkpoint(Payload):
     """A state of a run that was saved."""
@@ -71,6 +86,10 @@ class Checkpoint(Payload):
     eval_loss: float | None = None
     create_time_ns: int
     final: bool = False
+    attempt: int = 0
+    """That saved it; 0: a release that did not say."""
+    progress: Progress | None = None
+    """Where the run stood."""
 
 
 class Notice(Payload):

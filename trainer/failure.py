@@ -29,6 +29,7 @@ _NO_MEMORY_TEXTS = (
     "defaultcpuallocator: not enough memory",
     "cannot allocate memory",
 )
+_DEVICE_TEXTS = ("cuda error", "cublas_status", "cudnn_status", "cudnn error", "nvml")
 
 
 class RunFailed(Exception):
@@ -54,6 +55,8 @@ def failure_of(error: BaseException, spec: JobSpec, memory_bytes: int = 0) -> Jo
         reason=FailureReason.TRAINER_FAILED,
         message=f"the training process failed: {type(error).__name__}: {text}; its log has more",
         metadata={"error": type(error).__name__},
+        retryable=is_of_device(error),
+        summary=f"failed with {type(error).__name__}",
     )
 
 
@@ -116,6 +119,16 @@ def is_out_of_memory(error: BaseException) -> bool:
             isinstance(cause, RuntimeError)
             and any(text in str(cause).lower() for text in _NO_MEMORY_TEXTS)
         )
+        for cause in _causes(error)
+    )
+
+
+def is_of_device(error: BaseException) -> bool:
+    """Whether the device failed, and not what it was asked to do: a new process gets a new
+    context on it, or another device."""
+    return any(
+        isinstance(cause, RuntimeError)  # PyTorch's AcceleratorError is one
+        and any(text in str(cause).lower() for text in _DEVICE_TEXTS)
         for cause in _causes(error)
     )
 

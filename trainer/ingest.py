@@ -18,10 +18,6 @@ UNREADABLE = Notice(
     message="the training process wrote an event that cannot be read; it was left out",
 )
 
-KEPT = ("loss", "eval_loss", "learning_rate", "grad_norm")
-"""Of a job's progress until there is a newer one. A step has no eval loss and an evaluation none
-of the others, and a run ends with an evaluation: finished jobs were listed without a loss."""
-
 
 def changes(job: JobRecord, lines: Sequence[Line]) -> Iterator[JobChange]:
     """What these lines change of a job as it stands: one change, or two.
@@ -34,35 +30,33 @@ def changes(job: JobRecord, lines: Sequence[Line]) -> Iterator[JobChange]:
     for part in (lines[:loaded], lines[loaded:]):
         if part:
             progress = _progress(progress, part)
-            yield _change(job.state, progress, part)
+            yield _change(job, progress, part)
 
 
 def _progress(
     progress: Mapping[str, Any] | None, lines: Sequence[Line]
 ) -> Mapping[str, Any] | None:
-    """Where the run stands after these lines: what is told last, and the newest of KEPT."""
+    """Where the run stands after these lines: what is told last, and what was measured last. A run
+    ends with an evaluation, and finished jobs were listed without a loss."""
+    stands = None if progress is None else Progress.model_validate(progress)
     for line in lines:
         if isinstance(line.payload, Progress):
-            told = as_json(line.payload)
-            if progress is not None:
-                told |= {name: progress.get(name) for name in KEPT if told[name] is None}
-            progress = told
-    return progress
+            stands = line.payload.after(stands)
+    return None if stands is None else as_json(stands)
 
 
-def _change(
-    state: JobState, progress: Mapping[str, Any] | None, lines: Sequence[Line]
-) -> JobChange:
+def _change(job: JobRecord, progress: Mapping[str, Any] | None, lines: Sequence[Line]) -> JobChange:
     runs = next((line.payload for line in lines if isinstance(line.payload, JobSpec)), None)
     notices = [line.payload for line in lines if isinstance(line.payload, Notice)]
     if any(line.event is None for line in lines):
         notices.append(UNREADABLE)
     return JobChange(
-        state=JobState.RUNNING if runs is not None and state is JobState.PREPARING else None,
+        state=JobState.RUNNING if runs is not None and job.state is JobState.PREPARING else None,
         effective_spec=None if runs is None else as_json(runs),
         ingested_bytes=lines[-1].end,
         progress=progress,
-        notices=[as_json(notice) for notice in notices],
+        # Each attempt says again what the device does otherwise.
+        notices=[told for told in map(as_json, notices) if told not in job.notices],
         events=list(_events(lines)),
     )
 

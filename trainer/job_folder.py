@@ -1,6 +1,7 @@
 """The folder of one job: its attempts, with their checkpoints and logs.
 
 <jobs>/<uid>/attempts/<n>/    one attempt; see `trainer/run_folder.py`
+<jobs>/<uid>/attempt.json     which of them counts; see `trainer/fence.py`
 <jobs>/<uid>/deleted.json     its owner deleted it; written before the store forgets it
 """
 

@@ -16,14 +16,10 @@ from pathlib import Path
 
 from store.datasets import DatasetFiles
 from store.job_records import (
-    EventKind,
-    Intent,
-    JobChange,
     JobEventRecord,
     JobRecord,
     JobState,
     JobUnknown,
-    NewEvent,
     NewJob,
 )
 from store.jobs import JobStore
@@ -31,10 +27,10 @@ from trainer.admission import Admission
 from trainer.capabilities import Capabilities
 from trainer.device_queue import DeviceQueue
 from trainer.devices import Device
-from trainer.errors import CheckpointUnknown, GateRejected
 from trainer.estimate import Estimate, Price
 from trainer.events import Checkpoint, Publication, PublicationState
 from trainer.ingest import as_json
+from trainer.job_checkpoints import JobCheckpoints
 from trainer.job_folder import JobFolder, deletions
 from trainer.job_log import LogPiece, Logs
 from trainer.job_run import JobRun
@@ -45,6 +41,8 @@ from trainer.run_folder import RunFolder
 from trainer.served import ServedModel
 from trainer.sources import with_our_sources
 from trainer.spec import JobSpec, PublishSpec
+from trainer.watchdog import DEFAULT_TIMEOUT_S
+from trainer.wishes import Wishes
 
 logger = logging.getLogger(__name__)
 
@@ -72,10 +70,12 @@ class Jobs:
         environment: Mapping[str, str],
         price: Price | None = None,
         max_active: int = 1000,
+        stall_timeout_s: float = DEFAULT_TIMEOUT_S,
         worker: Sequence[str] = ("-m", WORKER_MODULE),
     ) -> None:
         """`root` is the state folder. `python` is the interpreter that trains, and `worker` what
-        it runs with a run's folder; `max_active` is how many jobs may have not ended."""
+        it runs with a run's folder; `max_active` is how many jobs may have not ended; one whose
+        process does not get on for `stall_timeout_s` goes on in another."""
         self._store = store
         self._folder = root / JOBS_FOLDER
         self._journal = Journal(store, self._folder)
@@ -97,8 +97,11 @@ class Jobs:
             folder=self._folder,
             command=command,
             environment=with_our_sources(environment),
+            stall_timeout_s=stall_timeout_s,
         )
         self._admission = Admission(self._means, devices, python=python, price=price)
+        self._checkpoints = JobCheckpoints(self._means)
+        self._wishes = Wishes(store, self._journal, self._wake)
         self._runs: dict[str, tuple[JobRun, asyncio.Task[None]]] = {}
         """Jobs that are brought to their end, by uid."""
         self._driving = False
@@ -140,7 +143,7 @@ class Jobs:
                 if job.uid in self._runs or job.state.is_final:
                     continue
                 run = JobRun(job, self._means)
-                await run.recover()  # all of them, before a device is given to another
+                await run.find()  # all of them, before a device is given to another
             except JobUnknown:
                 continue
             except Exception:
@@ -266,15 +269,20 @@ class Jobs:
 
     async def cancel(self, tenant: str, name: str, *, discard: bool) -> JobRecord:
         """Ask a job to end; it is CANCELLING, or has ended. Raises JobUnknown."""
-        return await self._journal.surely(self._cancel(tenant, name, discard))
+        return await self._journal.surely(self._wishes.cancel(tenant, name, discard=discard))
 
-    async def _cancel(self, tenant: str, name: str, discard: bool) -> JobRecord:
-        intent = Intent.DISCARD if discard else Intent.CANCEL
-        job = await self._store.intend(tenant, name, intent)
-        job = await self._journal.move(job, JobChange(state=JobState.CANCELLING))
-        if (running := self._runs.get(job.uid)) is not None:
-            running[0].cancel()
-        return job
+    async def pause(self, tenant: str, name: str) -> JobRecord:
+        """Ask a job to save and wait; it is PAUSING, PAUSED, or VALIDATING and to be paused.
+        Raises JobUnknown and JobNotPausable."""
+        return await self._journal.surely(self._wishes.pause(tenant, name))
+
+    async def resume(self, tenant: str, name: str) -> JobRecord:
+        """Let a paused job go on. Raises JobUnknown and JobNotResumable."""
+        return await self._journal.surely(self._wishes.resume(tenant, name))
+
+    def _wake(self, uid: str) -> None:
+        if (running := self._runs.get(uid)) is not None:
+            running[0].wake()
 
     async def delete(self, tenant: str, name: str) -> None:
         """Delete a job that has ended, with all files of it. Raises JobUnknown, JobActive."""
@@ -318,31 +326,7 @@ class Jobs:
 
     async def checkpoints(self, tenant: str, name: str) -> list[Checkpoint]:
         """What a job has saved and is still there, newest first. Raises JobUnknown."""
-        job = await self._store.job(tenant, name)
-        return [checkpoint for checkpoint, _ in await self._saved(job)]
-
-    async def _saved(self, job: JobRecord) -> list[tuple[Checkpoint, Path]]:
-        told: dict[str, Checkpoint] = {}
-        after = 0
-        while events := await self._store.job_events(
-            job.tenant,
-            job.name,
-            after=after,
-            limit=EVENTS_PER_READ,
-            uid=job.uid,
-            kinds=[EventKind.CHECKPOINT],
-        ):
-            after = events[-1].sequence
-            for event in events:
-                checkpoint = Checkpoint.model_validate(event.payload)
-                told[checkpoint.folder] = checkpoint  # saved again: the later one is there
-        folder = self._folder_of(job)
-
-        def there() -> list[tuple[Checkpoint, Path]]:
-            found = [(checkpoint, folder.checkpoint(checkpoint)) for checkpoint in told.values()]
-            return [(checkpoint, path) for checkpoint, path in found if path is not None]
-
-        return (await asyncio.to_thread(there))[::-1]
+        return await self._checkpoints.of_job(tenant, name)
 
     async def publish_checkpoint(
         self,
@@ -358,36 +342,7 @@ class Jobs:
         What could not be done is FAILED in the answer. Raises JobUnknown, CheckpointUnknown,
         and GateRejected.
         """
-        job = await self._store.job(tenant, name)
-        saved = await self._saved(job)
-        if step is not None:
-            saved = [entry for entry in saved if entry[0].step == step]
-        if not saved:
-            raise CheckpointUnknown(name, step)
-        checkpoint, path = saved[0]
-        effective = JobSpec.model_validate(job.effective_spec)
-        wanted = publish or effective.publish or PublishSpec()
-        publication = await self._means.publisher.publish(job, path, adapter or job.adapter, wanted)
-        if publication.adapter == job.adapter:
-            await self._journal.surely(self._note(job, publication))
-        if publication.state is PublicationState.REJECTED:
-            raise GateRejected(name, checkpoint.step, publication)
-        return publication
-
-    async def _note(self, seen: JobRecord, publication: Publication) -> None:
-        """Tell of it in a job that has ended without an adapter that serves."""
-        with contextlib.suppress(JobUnknown):
-            job = await self._store.job(seen.tenant, seen.name)
-            before = Publication.model_validate(job.publication)
-            told = as_json(publication)
-            if (
-                job.uid == seen.uid
-                and job.state.is_final
-                and before.state is not PublicationState.SERVING
-                and before != publication
-            ):
-                change = JobChange(publication=told, events=[NewEvent(EventKind.PUBLICATION, told)])
-                await self._journal.change(job, change)
+        return await self._checkpoints.publish(tenant, name, step, adapter, publish)
 
     def _folder_of(self, job: JobRecord) -> JobFolder:
         return JobFolder(self._folder / job.uid)

@@ -31,7 +31,9 @@ EVENTS_PER_READ = 32
 """Events that a watcher reads at once; a slow one holds no more in memory. One that read none of
 10,000 events cost 600 KiB with 256, and 190 KiB with 32, most of it in gRPC's buffers."""
 
-HAS_PROCESS = frozenset({JobState.PREPARING, JobState.RUNNING, JobState.CANCELLING})
+HAS_PROCESS = frozenset(
+    {JobState.PREPARING, JobState.RUNNING, JobState.PAUSING, JobState.CANCELLING}
+)
 
 T = TypeVar("T")
 

@@ -6,10 +6,12 @@ touches the run's `alive` file, looks for `stop.json`, and hears of SIGTERM.
     loading      ends the process at once: nothing is lost
     training     sets `stop_requested`, which is looked at after each micro-batch
     again        a second SIGTERM ends the process in whatever it does
+    fenced       a newer attempt of the job was begun: ends at once, and writes nothing
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import signal
@@ -17,26 +19,35 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Self
 
 from pydantic import ValidationError
 
+from trainer.fence import Fence
 from trainer.run_folder import RunFolder, StopRequest
 
 ALIVE_PERIOD_S = 2.0
+PROGRESS_PERIOD_S = 0.5
 POLL_PERIOD_S = 0.2
 EXIT_KILLED = 128 + signal.SIGTERM
+EXIT_FENCED = 4
+"""A newer attempt of the job was begun, so nobody asks what became of this one."""
 
 
 class Life:
     """Of the process's main thread, which enters and leaves it."""
 
-    def __init__(self, run: RunFolder, ended_while_loading: Callable[[], None]) -> None:
+    def __init__(
+        self, run: RunFolder, fence: Fence, ended_while_loading: Callable[[], None]
+    ) -> None:
         """`ended_while_loading` is called by the thread, and ends the process."""
         self._run = run
+        self._fence = fence
         self._ended_while_loading = ended_while_loading
         self._signals, self._wake_up = socket.socketpair()
+        self._got_on_s = float("-inf")
         self._loading = True
         self._phase = threading.Lock()
         """Held while a phase ends: training does not begin in a process that is ending."""
@@ -69,6 +80,13 @@ class Life:
         self._signals.close()
         self._wake_up.close()
 
+    def gets_on(self) -> None:
+        """Show that the main thread does. Called by it, after each micro-batch."""
+        now_s = time.monotonic()
+        if now_s - self._got_on_s >= PROGRESS_PERIOD_S:
+            self._got_on_s = now_s
+            _touch(self._run.progress)
+
     def loaded(self) -> None:
         """From now on a stop waits for the micro-batch that runs."""
         with self._phase:
@@ -81,21 +99,16 @@ class Life:
         poll.register(self._signals, select.POLLIN)
         while not self._closing.is_set():
             if time.monotonic() - touched_s >= ALIVE_PERIOD_S:
-                self._touch()
+                _touch(self._run.alive)
                 touched_s = time.monotonic()
+                if not self._fence.holds:
+                    os._exit(EXIT_FENCED)
             if poll.poll(POLL_PERIOD_S * 1000):
                 signals += self._signals.recv(64).count(signal.SIGTERM)
             if signals > 1:
                 os._exit(EXIT_KILLED)
             if not self.stop_requested and (signals or self._run.stop.exists()):
                 self._stop()
-
-    def _touch(self) -> None:
-        # A full disk is no reason to look dead; that it is full shows where something is saved.
-        try:
-            self._run.alive.touch()
-        except OSError:
-            return
 
     def _stop(self) -> None:
         try:
@@ -107,6 +120,12 @@ class Life:
             if self._loading:
                 self._ended_while_loading()
             self.stop_requested = True
+
+
+def _touch(path: Path) -> None:
+    # A full disk is no reason to look dead; that it is full shows where something is saved.
+    with contextlib.suppress(OSError):
+        path.touch()
 
 
 def _heard_by_the_thread(_number: int, _frame: FrameType | None) -> None:

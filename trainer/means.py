@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +19,11 @@ from trainer.errors import TrainingUnavailable, UnservableAdapter
 from trainer.journal import Journal
 from trainer.preparation import Prepared
 from trainer.publisher import Publisher
+from trainer.recovery import recovery_of
 from trainer.run_folder import RunFolder, RunPlan
 from trainer.served import ServedModel
 from trainer.spec import DatasetFormat, DataSpec, JobSpec
+from trainer.watchdog import DEFAULT_TIMEOUT_S
 
 DATA_PATH = "spec.data"
 """Of a job's DataSpec in the request."""
@@ -60,6 +63,10 @@ class Means:
     """Starts a training process."""
     environment: Mapping[str, str]
     """Of training processes, without what is each run's own."""
+    stall_timeout_s: float = DEFAULT_TIMEOUT_S
+    """How long a training process may not get on; see `trainer/watchdog.py`."""
+    clock_ns: Callable[[], int] = time.time_ns
+    """Tells the time, in nanoseconds since the epoch."""
 
     def require_trainable(self, job: JobRecord) -> None:
         """Raise unless what is served is still what the job was made for.
@@ -137,7 +144,12 @@ class Means:
             rows=str(rows.prepared.folder),
             eval_rows="" if rows.held_out is None else str(rows.held_out.folder),
             memory_bytes=usable_bytes(facts, on_gpu=device.on_gpu),
+            resume=self._resumed(job),
         )
+
+    def _resumed(self, job: JobRecord) -> str:
+        checkpoint = recovery_of(job).resumed_from
+        return "" if checkpoint is None else str(self.folder / job.uid / checkpoint.folder)
 
 
 def _differing(ours: Mapping[str, str], theirs: Mapping[str, str]) -> list[str]:

@@ -41,22 +41,27 @@ class ProgressTeller(TrainerCallback):  # type: ignore[misc]
         made: deque[BatchTokens],
         memory: Memory,
         begun: Callable[[], None],
+        resumed: Progress | None = None,
     ) -> None:
-        """`made`: tokens of micro-batches in their order; `begun` is called before the first."""
+        """`made`: tokens of micro-batches in their order; `begun` is called before the first.
+        `resumed` is where the run stands that is gone on with."""
         self._events = events
         self._made = made
         self._memory = memory
         self._begun = begun
+        self.stands = resumed
+        """Where the run stands; None: before its first step."""
         self._tokens = BatchTokens(0, 0)
+        self._before_s = 0.0
+        """That earlier attempts took, as far as they are gone on from."""
+        if resumed is not None:
+            self._tokens = BatchTokens(resumed.tokens_seen, resumed.trained_tokens)
+            self._before_s = resumed.elapsed_s
         self._step_tokens = 0
         self._steps: deque[StepTime] = deque(maxlen=WINDOW_STEPS)
         self._began_s = self._mark_s = 0.0
         self._aside_s = 0.0
         """What evaluating and saving after an epoch took last."""
-        self.loss = math.nan
-        """Of the last step."""
-        self.eval_loss: float | None = None
-        """Measured last."""
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any
@@ -90,7 +95,6 @@ class ProgressTeller(TrainerCallback):  # type: ignore[misc]
         self._mark_s, self._step_tokens = now_s, 0
         require_finite(state.global_step, loss, "loss")
         require_finite(state.global_step, grad_norm or 0.0, "gradient norm")
-        self.loss = loss
         self._tell(
             args, state, loss=loss, learning_rate=logs.get("learning_rate"), grad_norm=grad_norm
         )
@@ -104,8 +108,7 @@ class ProgressTeller(TrainerCallback):  # type: ignore[misc]
         **kw: Any,
     ) -> None:
         require_finite(state.global_step, metrics["eval_loss"], "loss of held-out rows")
-        self.eval_loss = metrics["eval_loss"]
-        self._tell(args, state, eval_loss=self.eval_loss)
+        self._tell(args, state, eval_loss=metrics["eval_loss"])
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any
@@ -125,21 +128,21 @@ class ProgressTeller(TrainerCallback):  # type: ignore[misc]
         tokens = sum(step.tokens for step in self._steps)
         left = state.max_steps - state.global_step
         epochs_left = math.ceil(left * (state.epoch or 0.0) / max(1, state.global_step))
-        self._events.progress(
-            Progress(
-                step=state.global_step,
-                total_steps=state.max_steps,
-                epoch=state.epoch or 0.0,
-                tokens_seen=self._tokens.seen,
-                trained_tokens=self._tokens.trained,
-                tokens_per_second=tokens / lately_s if lately_s else 0.0,
-                memory_bytes=self._memory.used_bytes(),
-                memory_peak_bytes=self._memory.peak_bytes(),
-                eta_s=left * lately_s / max(1, len(self._steps)) + epochs_left * self._aside_s,
-                elapsed_s=time.monotonic() - self._began_s,
-                **values,
-            )
+        told = Progress(
+            step=state.global_step,
+            total_steps=state.max_steps,
+            epoch=state.epoch or 0.0,
+            tokens_seen=self._tokens.seen,
+            trained_tokens=self._tokens.trained,
+            tokens_per_second=tokens / lately_s if lately_s else 0.0,
+            memory_bytes=self._memory.used_bytes(),
+            memory_peak_bytes=self._memory.peak_bytes(),
+            eta_s=left * lately_s / max(1, len(self._steps)) + epochs_left * self._aside_s,
+            elapsed_s=self._before_s + time.monotonic() - self._began_s,
+            **values,
         )
+        self._events.progress(told)
+        self.stands = told.after(self.stands)
 
 
 def require_finite(step: int, value: float, what: str) -> None:

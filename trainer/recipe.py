@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import math
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +21,16 @@ from trainer.adapter_files import save_adapter
 from trainer.backends import LoadRequest, TrainingBackend
 from trainer.batches import COLUMNS, Collator, Rows, load_rows
 from trainer.capabilities import installed
+from trainer.checkpoint import CheckpointManifest
+from trainer.checkpoint_timer import CheckpointTimer
 from trainer.checkpointing import CheckpointFinisher, Stopper
 from trainer.compute import computes_in_bfloat16, device_name
 from trainer.devices import CPU
 from trainer.effective import effective_spec
 from trainer.event_writer import EventWriter
-from trainer.events import FailureReason, JobFailure, Manifest, Notice
+from trainer.events import Checkpoint, FailureReason, JobFailure, Manifest, Notice
 from trainer.failure import RunFailed, out_of_memory
+from trainer.fence import Fence
 from trainer.life import Life
 from trainer.memory import Memory, memory_of
 from trainer.micro_batch import fit, fitted
@@ -34,7 +39,7 @@ from trainer.progress import ProgressTeller
 from trainer.reference import MAX_ROWS
 from trainer.reference_scoring import Scorer
 from trainer.run_folder import ADAPTER_FOLDER, REFERENCE_FILE, RunFolder, RunPlan, write_whole
-from trainer.steps import steps_of
+from trainer.steps import an_epoch, steps_of
 from trainer.training_loop import RecipeTrainer, autocast, training_arguments
 
 REFERENCE_CANDIDATES = 4 * MAX_ROWS
@@ -50,12 +55,14 @@ class Recipe:
         run: RunFolder,
         backend: TrainingBackend,
         life: Life,
+        fence: Fence,
         events: EventWriter,
     ) -> None:
         self._plan = plan
         self._run = run
         self._backend = backend
         self._life = life
+        self._fence = fence
         self._events = events
         self._on_gpu = plan.device != CPU
         self._base = Path(plan.model_path)
@@ -73,17 +80,48 @@ class Recipe:
         )
         self._tell(*notices)
         memory = memory_of(on_gpu=self._on_gpu, limit_bytes=self._plan.memory_bytes)
+        resumed = self._resumed()
         rows = self._rows()
+        if resumed is not None and resumed.step >= self._steps(rows):
+            return self._adopted(rows, resumed)
         model = self._backend.load(
             LoadRequest(spec=self.spec, model_path=self._plan.model_path, on_gpu=self._on_gpu)
         )
         if self.spec.hyperparameters.fit_micro_batch:
             self._fit(model, rows, memory)
         try:
-            return self._loop(model, rows, memory)
+            return self._loop(model, rows, memory, resumed)
         finally:
             checkpoint.remove_unfinished(self._run)
             shutil.rmtree(self._cache, ignore_errors=True)
+
+    def _resumed(self) -> CheckpointManifest | None:
+        """Of the checkpoint that is gone on from; None: the run begins at the first step."""
+        if not self._plan.resume:
+            return None
+        try:
+            return checkpoint.verify(Path(self._plan.resume))
+        except checkpoint.CheckpointCorrupt as error:
+            raise RunFailed(
+                JobFailure(
+                    reason=FailureReason.TRAINER_LOST,
+                    message=f"the run cannot go on from its checkpoint: {error}",
+                    metadata={"attempt": str(self._plan.attempt)},
+                    retryable=True,
+                    summary="found its checkpoint damaged",
+                )
+            ) from error
+
+    def _adopted(self, rows: Rows, resumed: CheckpointManifest) -> Manifest:
+        """The result of an attempt that died between its last step and saying so."""
+        self._begin()
+        folder = checkpoint.adopt(self._run, Path(self._plan.resume))
+        saved = checkpoint.as_checkpoint(folder, resumed, self._plan.attempt, final=True)
+        self._events.checkpoint(saved)
+        return self._manifest(rows, saved, resumed.adapter_files)
+
+    def _steps(self, rows: Rows) -> int:
+        return steps_of(self.spec, len(rows.train))
 
     def _rows(self) -> Rows:
         data, seed = self.spec.data, self.spec.hyperparameters.seed
@@ -129,11 +167,14 @@ class Recipe:
         self.spec = self.spec.model_copy(update={"hyperparameters": changed})
         self._tell(*notices)
 
-    def _loop(self, model: Any, rows: Rows, memory: Memory) -> Manifest | None:
+    def _loop(
+        self, model: Any, rows: Rows, memory: Memory, resumed: CheckpointManifest | None
+    ) -> Manifest | None:
         collator = Collator(self._base)
-        progress = ProgressTeller(self._events, collator.made, memory, self._begin)
+        stands = None if resumed is None else resumed.progress
+        progress = ProgressTeller(self._events, collator.made, memory, self._begin, stands)
         stopper = Stopper(self._run, self._life)
-        assert self.spec.checkpoints_kept
+        assert self.spec.checkpoints_kept and self.spec.checkpoint_interval_s
         finisher = CheckpointFinisher(
             self._run,
             self._plan.attempt,
@@ -141,6 +182,8 @@ class Recipe:
             self._events,
             progress,
             stopper,
+            self._life,
+            self._fence,
             functools.partial(self._add_files, self._scorer(rows)),
         )
         trainer = RecipeTrainer(
@@ -148,7 +191,7 @@ class Recipe:
             training_arguments(
                 self.spec,
                 self._run.checkpoints,
-                steps=steps_of(self.spec, len(rows.train)),
+                steps=self._steps(rows),
                 evaluates=rows.held_out is not None,
                 on_gpu=self._on_gpu,
             ),
@@ -158,13 +201,17 @@ class Recipe:
             Collator(self._base),
             lambda: stopper.stopped,
         )
+        timer = CheckpointTimer(
+            self._run, self.spec.checkpoint_interval_s, an_epoch(self.spec, len(rows.train))
+        )
         # In this order: a step is told before it is saved, and timing includes saving.
-        for callback in (stopper, finisher, progress):
+        for callback in (stopper, finisher, progress, timer):
             trainer.add_callback(callback)
-        trainer.train()
+        trainer.train(resume_from_checkpoint=self._plan.resume or None)
         if stopper.stopped:
             return None
-        return self._manifest(rows, finisher, progress)
+        assert finisher.newest is not None
+        return self._manifest(rows, finisher.newest, finisher.adapter_files)
 
     def _begin(self) -> None:
         """The first step begins."""
@@ -190,14 +237,18 @@ class Recipe:
             self._base,
             getattr(torch, self._plan.served_dtype),
         )
-        reference = scorer.score(model, lambda: self._life.stop_requested)
+        # What is drawn at random is saved already, and is not to depend on when that was.
+        with torch.random.fork_rng():
+            reference = scorer.score(model, self._hurried)
         write_whole(folder / REFERENCE_FILE, reference)
 
-    def _manifest(
-        self, rows: Rows, finisher: CheckpointFinisher, progress: ProgressTeller
-    ) -> Manifest:
-        plan, saved = self._plan, finisher.newest
-        assert saved is not None and self.spec.hyperparameters.seed is not None
+    def _hurried(self) -> bool:
+        self._life.gets_on()  # asked for after each row
+        return self._life.stop_requested
+
+    def _manifest(self, rows: Rows, saved: Checkpoint, files: Mapping[str, str]) -> Manifest:
+        plan, stands = self._plan, saved.progress
+        assert self.spec.hyperparameters.seed is not None
         return Manifest(
             dataset_sha256=plan.dataset_sha256,
             rows_sha256=rows_sha256(rows),
@@ -206,8 +257,8 @@ class Recipe:
             versions=installed().versions,
             seed=self.spec.hyperparameters.seed,
             device=device_name(on_gpu=self._on_gpu),
-            files=finisher.adapter_files,
-            final_loss=progress.loss,
+            files=files,
+            final_loss=math.nan if stands is None or stands.loss is None else stands.loss,
             effective_spec=self.spec.model_dump(mode="json"),
             checkpoint=saved,
         )

@@ -6,6 +6,7 @@
     events.ndjson    process  appended to, one `WorkerEvent` a line
     log.txt          process  what it prints
     alive            process  touched every other second: a sign of life, also while it loads
+    progress         process  touched when it gets on: after each micro-batch, and while it saves
     stop.json        host     asks it to save and end; see `StopRequest`
     checkpoints/     process  checkpoint-<step>/, each whole once its manifest.json is there
     exit.json        process  how it ended; see `RunExit`
@@ -13,7 +14,8 @@
 
 There is no pipe between them and no shared memory: either may die, and the other goes on. A run
 succeeded if exit.json says so and the files of manifest.json verify; any other end is a loss.
-Each attempt has its own folder, so an old process cannot overwrite what a new one wrote.
+Each attempt has its own folder, so an old process cannot overwrite what a new one wrote; and the
+job's folder tells which is the newest, so that an old one ends (`trainer/fence.py`).
 """
 
 from __future__ import annotations
@@ -67,6 +69,8 @@ class RunPlan(Message):
     """The same of the eval dataset. Empty: a fraction of `rows` is held out."""
     memory_bytes: int = 0
     """What it may take of a GPU; 0: all of it. Always 0 on a CPU, which has no limit to try out."""
+    resume: str = ""
+    """Folder of the checkpoint to go on from; empty: it begins at the first step."""
 
 
 class StopRequest(Message):
@@ -110,6 +114,10 @@ class RunFolder:
     @property
     def alive(self) -> Path:
         return self.path / "alive"
+
+    @property
+    def progress(self) -> Path:
+        return self.path / "progress"
 
     @property
     def stop(self) -> Path:

@@ -29,6 +29,8 @@ DEFAULT_ROW_TOKENS = 1800
 MAX_TARGET_MODULES, MAX_MODULE_CHARACTERS = 64, 128
 MAX_BASE_MODEL_CHARACTERS = 256
 MAX_BIAS_CHARACTERS = 32
+MAX_ACCUMULATION = 1024
+DEFAULT_MAX_ATTEMPTS = 3
 
 
 class DatasetFormat(enum.Enum):
@@ -119,7 +121,7 @@ class Hyperparameters(Fields):
     learning_rate_schedule: LearningRateSchedule | None = None
     warmup_ratio: Annotated[float, Field(ge=0, le=1)] | None = None
     micro_batch_size: Annotated[int, Field(ge=1, le=1024)] | None = None
-    gradient_accumulation: Annotated[int, Field(ge=1, le=1024)] | None = None
+    gradient_accumulation: Annotated[int, Field(ge=1, le=MAX_ACCUMULATION)] | None = None
     fit_micro_batch: bool | None = None
     weight_decay: Annotated[float, Field(ge=0, le=1)] | None = None
     max_grad_norm: Annotated[float, Field(ge=0, le=1000)] | None = None
@@ -243,6 +245,8 @@ class JobSpec(Fields):
     base_model: Annotated[str, Field(max_length=MAX_BASE_MODEL_CHARACTERS)] = ""
     cancel_grace_s: Annotated[float, Field(ge=0, le=600)] | None = None
     checkpoints_kept: Annotated[int, Field(ge=1, le=100)] | None = None
+    checkpoint_interval_s: Annotated[float, Field(ge=1, le=24 * 3600)] | None = None
+    max_attempts: Annotated[int, Field(ge=1, le=100)] | None = None
 
     def resolved(
         self,
@@ -297,5 +301,7 @@ class JobSpec(Fields):
                 "backend": self.backend or backend,
                 "cancel_grace_s": 10.0 if self.cancel_grace_s is None else self.cancel_grace_s,
                 "checkpoints_kept": self.checkpoints_kept or 2,
+                "checkpoint_interval_s": self.checkpoint_interval_s or 600.0,
+                "max_attempts": self.max_attempts or DEFAULT_MAX_ATTEMPTS,
             }
         )

@@ -28,7 +28,7 @@ def steps_of(spec: JobSpec, rows: int) -> int:
     """Optimizer steps of a run over so many rows."""
     asked = spec.hyperparameters
     assert asked.epochs
-    by_epochs = math.ceil(asked.epochs * _steps_of_an_epoch(spec, rows))
+    by_epochs = math.ceil(asked.epochs * an_epoch(spec, rows))
     return min(by_epochs, asked.max_steps or by_epochs)
 
 
@@ -36,11 +36,12 @@ def epochs_of(spec: JobSpec, rows: int) -> float:
     """How often a run over so many rows sees them."""
     asked = spec.hyperparameters
     assert asked.epochs
-    an_epoch = _steps_of_an_epoch(spec, rows)
-    return min(asked.epochs, steps_of(spec, rows) / an_epoch) if an_epoch else 0.0
+    steps = an_epoch(spec, rows)
+    return min(asked.epochs, steps_of(spec, rows) / steps) if steps else 0.0
 
 
-def _steps_of_an_epoch(spec: JobSpec, rows: int) -> int:
+def an_epoch(spec: JobSpec, rows: int) -> int:
+    """Optimizer steps of one epoch over so many rows."""
     asked = spec.hyperparameters
     assert asked.micro_batch_size and asked.gradient_accumulation
     return math.ceil(rows / (asked.micro_batch_size * asked.gradient_accumulation))

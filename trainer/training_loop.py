@@ -9,9 +9,12 @@ from typing import Any
 
 import datasets
 import torch
+from peft import get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerControl, TrainingArguments
 
+from trainer.adapter_files import WEIGHTS_FILE
 from trainer.batches import Collator
 from trainer.rows import IGNORED
 from trainer.spec import JobSpec, LearningRateSchedule, Optimizer, Precision
@@ -48,11 +51,25 @@ class RecipeTrainer(Trainer):  # type: ignore[misc]
         self._held_out_collator = held_out_collator
         self._stopped = stopped
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """The adapter as it was trained. The trainer itself would take the copy of it that is
+        served, which is in a folder beside it, for a second adapter, and train the first anew."""
+        saved = load_file(Path(resume_from_checkpoint) / WEIGHTS_FILE)
+        ours = get_peft_model_state_dict(self.model, save_embedding_layers=False)
+        if saved.keys() != ours.keys():
+            raise ValueError(f"{resume_from_checkpoint} has the weights of another adapter")
+        set_peft_model_state_dict(self.model, saved)
+
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Mean loss of held-out rows in nats a token, so the same for every batch size.
 
-        Stopped by a callback, it measures nothing.
+        Stopped by a callback, it measures nothing. It draws nothing at random of what training
+        draws, so a run that is stopped before it goes on as one that was not.
         """
+        with torch.random.fork_rng():
+            return self._evaluate_apart()
+
+    def _evaluate_apart(self) -> dict[str, float]:
         self.model.eval()
         loss, tokens = 0.0, 0
         for batch in DataLoader(

@@ -4,7 +4,7 @@
 
 Reads `plan.json`, trains, and writes `exit.json` and, last, `manifest.json`; `run_folder.py` has
 the rest of the folder. Prints to the log. Exits with 0 if it trained all, 3 if it was asked to
-end, 1 if it failed.
+end, 1 if it failed, 4 if a newer attempt of its job was begun.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from trainer.backends import import_backend
 from trainer.devices import CPU
 from trainer.event_writer import EventWriter
 from trainer.failure import failure_of
-from trainer.life import Life
+from trainer.fence import Fence, Fenced
+from trainer.life import EXIT_FENCED, Life
 from trainer.run_folder import RunExit, RunFolder, RunPlan, write_whole
 
 EXIT_OK, EXIT_FAILED, EXIT_STOPPED = 0, 1, 3
@@ -34,11 +35,16 @@ def main(folder: Path) -> int:
     plan = RunPlan.model_validate_json(run.plan.read_bytes())
     if plan.device == CPU:
         os.nice(NICENESS)
-    with Life(run, lambda: _end_while_loading(run)) as life:
-        return _train(run, plan, life)
+    fence = Fence(run, plan.attempt)
+    with Life(run, fence, lambda: _end_while_loading(run)) as life:
+        try:
+            return _train(run, plan, life, fence)
+        except Fenced:
+            logger.exception("nothing of this attempt counts any more")
+            return EXIT_FENCED
 
 
-def _train(run: RunFolder, plan: RunPlan, life: Life) -> int:
+def _train(run: RunFolder, plan: RunPlan, life: Life, fence: Fence) -> int:
     events = EventWriter(run.events)
     spec = plan.spec
     assert spec.backend is not None
@@ -46,11 +52,13 @@ def _train(run: RunFolder, plan: RunPlan, life: Life) -> int:
         backend = import_backend(spec.backend)
         from trainer.recipe import Recipe  # it imports what the backend has to come before
 
-        recipe = Recipe(plan, run, backend, life, events)
+        recipe = Recipe(plan, run, backend, life, fence, events)
         try:
             manifest = recipe.train()
         finally:
             spec = recipe.spec
+    except Fenced:
+        raise
     except Exception as error:
         life.loaded()  # one end is told: a stop that comes now is too late
         logger.exception("the run failed")
@@ -61,6 +69,7 @@ def _train(run: RunFolder, plan: RunPlan, life: Life) -> int:
     if manifest is None:
         write_whole(run.exit, RunExit(ok=False, stopped=True))
         return EXIT_STOPPED
+    fence.check()
     write_whole(run.exit, RunExit(ok=True))
     write_whole(run.manifest, manifest)
     return EXIT_OK

@@ -117,6 +117,24 @@ class FakeTraining(FakeDatasets):
             await self.tell(request.name, pb.StateChanged(state=pb.JOB_STATE_CANCELLING))
         return pb.CancelJobResponse(job=job)
 
+    async def PauseJob(self, request: pb.PauseJobRequest, context: Context) -> pb.PauseJobResponse:
+        await self._arrive(request, context)
+        job = await self._job(request.name, context)
+        if job.state in FINAL:
+            await fail(context, precondition("JOB_NOT_PAUSABLE", "there is nothing to pause"))
+        await self.tell(request.name, pb.StateChanged(state=pb.JOB_STATE_PAUSING))
+        return pb.PauseJobResponse(job=job)
+
+    async def ResumeJob(
+        self, request: pb.ResumeJobRequest, context: Context
+    ) -> pb.ResumeJobResponse:
+        await self._arrive(request, context)
+        job = await self._job(request.name, context)
+        if job.state in FINAL:
+            await fail(context, precondition("JOB_NOT_RESUMABLE", "it does not go on"))
+        await self.tell(request.name, pb.StateChanged(state=pb.JOB_STATE_QUEUED))
+        return pb.ResumeJobResponse(job=job)
+
     async def DeleteJob(
         self, request: pb.DeleteJobRequest, context: Context
     ) -> pb.DeleteJobResponse:

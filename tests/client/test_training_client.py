@@ -116,6 +116,8 @@ async def test_keywords_land_in_their_messages(
         traffic_percent=0,
         gate=GateSpec(max_eval_loss=2),
         cancel_grace_s=1.5,
+        checkpoint_interval_s=90,
+        max_attempts=5,
         alpha=None,
     )
     assert (job.name, dict(job.labels)) == ("mine", {"team": "search"})
@@ -139,6 +141,8 @@ async def test_keywords_land_in_their_messages(
                 data=DataSpec(eval_fraction=0),
                 publish=PublishSpec(traffic_percent=0, gate=GateSpec(max_eval_loss=2)),
                 cancel_grace=Duration(seconds=1, nanos=500_000_000),
+                checkpoint_interval=Duration(seconds=90),
+                max_attempts=5,
             ),
         )
     ]
@@ -181,9 +185,12 @@ async def test_what_fits_into_no_spec_is_refused_unsent(
 def test_every_field_of_a_spec_is_a_keyword() -> None:
     sections = {"hyperparameters", "lora", "data", "publish"}
     fields = {name for name in JobSpec.DESCRIPTOR.fields_by_name if name not in sections}
+    durations = {"cancel_grace", "checkpoint_interval"}
     for section in (Hyperparameters, LoraSpec, DataSpec, PublishSpec):
         fields |= set(section.DESCRIPTOR.fields_by_name)
-    assert set(JobKeywords.__annotations__) == fields - {"cancel_grace"} | {"cancel_grace_s"}
+    assert set(JobKeywords.__annotations__) == fields - durations | {
+        f"{name}_s" for name in durations
+    }
 
 
 # --- jobs
@@ -240,6 +247,23 @@ async def test_jobs_are_listed_page_by_page_newest_first(
     assert await names(page_size=3) == ["other-1", "run-2", "run-1", "run-0"]
     assert await names(adapter="support") == ["run-2", "run-1", "run-0"]
     assert await names(states=[JobState.JOB_STATE_RUNNING]) == ["run-1"]
+
+
+async def test_a_job_is_paused_and_resumed(client: GatewayClient, training: FakeTraining) -> None:
+    await training.add_job("run")
+    assert (await client.training.pause_job("run")).state == JobState.JOB_STATE_PAUSING
+    assert training.requests[-1] == pb.PauseJobRequest(name="run")
+    await training.tell("run", *states("PAUSED"))
+    assert (await client.training.resume_job("run")).state == JobState.JOB_STATE_QUEUED
+    assert training.requests[-1] == pb.ResumeJobRequest(name="run")
+    await training.tell("run", *states("SUCCEEDED"))
+    for call, reason in [
+        (client.training.pause_job, ErrorReason.ERROR_REASON_JOB_NOT_PAUSABLE),
+        (client.training.resume_job, ErrorReason.ERROR_REASON_JOB_NOT_RESUMABLE),
+    ]:
+        with pytest.raises(FailedPrecondition) as raised:
+            await call("run")
+        assert raised.value.reason == reason
 
 
 async def test_a_job_is_cancelled_and_deleted(

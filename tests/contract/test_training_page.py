@@ -94,7 +94,8 @@ def defaults() -> dict[str, str]:
             found |= {f"{name}.{field}": inner for field, inner in value if inner is not None}
         else:
             found[name] = value
-    found["cancel_grace"] = f"{found.pop('cancel_grace_s'):g} s"
+    for name in ("cancel_grace", "checkpoint_interval"):
+        found[name] = f"{found.pop(f'{name}_s'):g} s"
     found.pop("data.eval_dataset")
     return {name: shown(value) for name, value in found.items() if name not in OF_THE_DEVICE}
 

@@ -217,6 +217,22 @@ async def test_watch_at_a_terminal_has_a_bar_and_ends_with_the_curve(
 # --- ending, publishing
 
 
+async def test_pause_and_resume(target: str, training: FakeTraining) -> None:
+    await training.add_job("run")
+    shown = rows(await printed("jobs", "pause", "run", target=target))
+    assert shown["state"] == "PAUSING"
+    training.jobs["run"].attempt, training.jobs["run"].attempts_left = 2, 1
+    training.jobs["run"].resumed_from.step = 7
+    training.jobs["run"].lost_steps = 3
+    shown = rows(await printed("jobs", "resume", "run", target=target))
+    assert (shown["state"], shown["attempt"]) == ("QUEUED", "2, 1 left")
+    assert (shown["resumed_from"], shown["lost_steps"]) == ("step 7", "3")
+    await training.tell("run", *states("FAILED"))
+    for word in ("pause", "resume"):
+        refused = await invoked("jobs", word, "run", target=target)
+        assert (refused.code, "JOB_NOT_" in refused.errors) == (1, True)
+
+
 async def test_cancel_delete_checkpoints_and_publish(target: str, training: FakeTraining) -> None:
     await training.add_job("run")
     await training.tell("run", pb.Checkpoint(step=5, size_bytes=2048, eval_loss=0.5, final=True))

@@ -14,7 +14,7 @@ from lora_gateway.v1 import training_pb2 as pb
 from lora_gateway.v1.training_pb2_grpc import TrainingStub
 from tests.gateway.control_plane import control_plane
 from tests.gateway.promises import refused
-from tests.gateway.test_training_service import BASE, spec, upload
+from tests.gateway.training_calls import BASE, spec, upload
 
 
 @pytest_asyncio.fixture

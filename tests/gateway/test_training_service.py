@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -12,28 +11,12 @@ import grpc
 import pytest
 import pytest_asyncio
 
-from engine.base_model import BaseModules
 from engine.models import resolve_model
 from lora_gateway.v1 import training_pb2 as pb
 from lora_gateway.v1.training_pb2_grpc import TrainingStub
 from tests.gateway.control_plane import Plane, control_plane
 from tests.gateway.promises import refused
-
-MODULES = ("q_proj", "k_proj", "v_proj", "o_proj")
-BASE = BaseModules(
-    {
-        **{f"model.layers.0.self_attn.{name}": (256, 256) for name in MODULES},
-        **{f"model.layers.0.mlp.{name}_proj": (512, 256) for name in ("gate", "up", "down")},
-    },
-    {"model.embed_tokens": (256, 1024)},
-)
-ROW = {
-    "messages": [
-        {"role": "user", "content": "Who keeps the light?"},
-        {"role": "assistant", "content": "Old Marta does."},
-    ]
-}
-CONTENT = json.dumps(ROW).encode() + b"\n"
+from tests.gateway.training_calls import BASE, CONTENT, MODULES, header, sent, spec, upload
 
 
 @pytest.fixture(scope="module")
@@ -54,38 +37,6 @@ async def plane(
 @pytest.fixture
 def stub(plane: Plane) -> Any:
     return TrainingStub(plane.gateway.channel)
-
-
-def header(content: bytes = CONTENT, **fields: Any) -> pb.DatasetHeader:
-    """Of an upload of that content, but for `fields`."""
-    known = {
-        "upload_id": "up-1",
-        "dataset": "faq",
-        "size_bytes": len(content),
-        "sha256": hashlib.sha256(content).hexdigest(),
-    }
-    return pb.DatasetHeader(**{**known, **fields})
-
-
-def sent(
-    head: pb.DatasetHeader, content: bytes = CONTENT, offset: int = 0, size: int = 1000
-) -> Iterable[pb.UploadDatasetRequest]:
-    """The messages of an upload from `offset` on."""
-    yield pb.UploadDatasetRequest(header=head)
-    for start in range(offset, len(content), size):
-        request = pb.UploadDatasetRequest()
-        request.chunk.offset = start
-        request.chunk.data = content[start : start + size]
-        yield request
-
-
-async def upload(stub: Any, content: bytes = CONTENT, **fields: Any) -> pb.Dataset:
-    answer = await stub.UploadDataset(sent(header(content, **fields), content))
-    return answer.dataset  # type: ignore[no-any-return]
-
-
-def spec(**fields: Any) -> pb.JobSpec:
-    return pb.JobSpec(**{"dataset": "faq", "adapter": "support", **fields})
 
 
 # --- datasets ----------------------------------------------------------------
@@ -323,6 +274,7 @@ async def test_a_draft_tells_what_would_be_used_and_keeps_nothing(stub: Any) -> 
     assert asked.quantization == pb.QUANTIZATION_NF4
     assert effective.data.max_row_tokens == 1800 and effective.data.reserve_tokens == 50
     assert effective.cancel_grace.seconds == 10
+    assert (effective.checkpoint_interval.seconds, effective.max_attempts) == (600, 3)
     request.spec.publish.SetInParent()
     draft = (await stub.CreateJob(request)).job
     assert draft.publication.state == pb.PUBLICATION_STATE_PENDING

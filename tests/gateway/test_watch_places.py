@@ -19,7 +19,7 @@ from store.job_records import EventKind, JobChange, JobEventRecord, JobRecord, N
 from store.sqlite_jobs import SqliteJobs
 from tests.gateway.control_plane import TENANT, TIMEOUT_S, Plane, control_plane
 from tests.gateway.promises import refused
-from tests.gateway.test_training_service import upload
+from tests.gateway.training_calls import upload
 from trainer.journal import Journal
 
 PLACES = 3

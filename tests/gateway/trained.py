@@ -95,6 +95,7 @@ def job_record(labels: Mapping[str, str] | None = None) -> JobRecord:
         manifest=None,
         error=None,
         notices=(),
+        recovery={},
         create_time_ns=1,
         start_time_ns=2,
         end_time_ns=None,

@@ -77,6 +77,19 @@ class JobChangeContract:
             assert (changed.time_ns, noticed.time_ns) == (failed.end_time_ns, 17)
             assert noticed.payload == notice
 
+    async def test_a_cause_is_told_and_fails_no_job(self, make_jobs: MakeJobs) -> None:
+        async with make_jobs() as store:
+            job = await bring_to(store, JobState.RUNNING)
+            change = JobChange(state=JobState.RECOVERING, cause=FAILURE)
+            recovering = await store.change_job(job, change)
+            assert (recovering.state, recovering.error) == (JobState.RECOVERING, None)
+            *_, told = await store.job_events("acme", job.name, after=0, limit=99)
+            assert told.payload == {
+                "previous_state": "running",
+                "state": "recovering",
+                "error": {**FAILURE, "message": "\\ud800"},
+            }
+
     async def test_times_are_those_of_the_first_start_and_the_end(
         self, make_jobs: MakeJobs
     ) -> None:
@@ -104,6 +117,7 @@ class JobChangeContract:
                 publication={"state": "gating", "adapter": "sql"},
                 progress={"step": 1, "loss": math.inf},
                 manifest={"seed": 8},
+                recovery={"spent": 1},
             )
             changed = await store.change_job(job, change)
             assert changed == replace(
@@ -115,6 +129,7 @@ class JobChangeContract:
                 publication={"state": "gating", "adapter": "sql"},
                 progress={"step": 1, "loss": math.inf},
                 manifest={"seed": 8},
+                recovery={"spent": 1},
             )
             assert await store.change_job(changed, JobChange()) == changed
         async with make_jobs() as again:
@@ -261,16 +276,30 @@ class JobChangeContract:
     ) -> None:
         async with make_jobs() as store:
             job = await bring_to(store, state)
-            for intent in (Intent.CANCEL, Intent.DISCARD):
+            for intent in (Intent.PAUSE, Intent.RUN, Intent.CANCEL, Intent.DISCARD):
                 wanted = await store.intend("acme", job.name, intent)
                 assert wanted == replace(job, intent=intent)
                 assert await store.job("acme", job.name) == wanted
+                if intent is Intent.CANCEL:
+                    for weaker in (Intent.PAUSE, Intent.RUN):
+                        assert await store.intend("acme", job.name, weaker) == wanted
             for intent in Intent:  # is not taken back
                 assert await store.intend("acme", job.name, intent) == wanted
+                assert await store.change_job(job, JobChange(intent=intent)) == wanted
             for next_state in TRANSITIONS[state]:
                 changed = await store.change_job(job, JobChange(state=next_state))
                 assert changed.intent is Intent.DISCARD
                 break
+
+    async def test_what_is_wanted_may_change_with_the_state(self, make_jobs: MakeJobs) -> None:
+        async with make_jobs() as store:
+            job = await bring_to(store, JobState.RUNNING)
+            change = JobChange(state=JobState.PAUSING, intent=Intent.PAUSE)
+            pausing = await store.change_job(job, change)
+            assert (pausing.state, pausing.intent) == (JobState.PAUSING, Intent.PAUSE)
+            with pytest.raises(JobChanged):
+                await store.change_job(job, JobChange(intent=Intent.RUN))
+            assert (await store.job("acme", job.name)).intent is Intent.PAUSE
 
     @pytest.mark.parametrize("state", FINAL)
     async def test_of_a_job_that_has_ended_nothing_can_be_wanted(

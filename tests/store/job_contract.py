@@ -103,6 +103,7 @@ class JobContract(JobChangeContract, DatasetContract):
                 manifest=None,
                 error=None,
                 notices=[],
+                recovery={},
                 create_time_ns=job.create_time_ns,
                 start_time_ns=None,
                 end_time_ns=None,

@@ -28,6 +28,8 @@ from tests.store.job_steps import MakeJobs, add_dataset, create
 
 _database = itertools.count()
 CHOICE = st.integers(0, 2**30)
+STRENGTH = {Intent.RUN: 0, Intent.PAUSE: 0, Intent.CANCEL: 1, Intent.DISCARD: 2}
+"""Of two wishes the later one counts, unless it is weaker."""
 
 T = TypeVar("T")
 
@@ -70,15 +72,23 @@ class JobMachine(RuleBasedStateMachine):
         self.models.append(Model(self.run(create(self.store)), [EventKind.STATE_CHANGED]))
 
     @precondition(lambda self: self.models)
-    @rule(choice=CHOICE, state=st.sampled_from(JobState), steps=st.integers(0, 3))
-    def move(self, choice: int, state: JobState, steps: int) -> None:
+    @rule(
+        choice=CHOICE,
+        state=st.sampled_from(JobState),
+        steps=st.integers(0, 3),
+        intent=st.none() | st.sampled_from(Intent),
+    )
+    def move(self, choice: int, state: JobState, steps: int, intent: Intent | None) -> None:
         model = self.models[choice % len(self.models)]
-        change = JobChange(state=state, events=[NewEvent(EventKind.PROGRESS, {})] * steps)
+        told = [NewEvent(EventKind.PROGRESS, {})] * steps
+        change = JobChange(state=state, intent=intent, events=told)
         if state in TRANSITIONS[model.seen.state]:
             self.stale.append(model.seen)
             changed = self.run(self.store.change_job(model.seen, change))
             assert (changed.state, changed.epoch) == (state, model.seen.epoch + 1)
             model.seen = changed
+            if intent is not None and STRENGTH[intent] >= STRENGTH[model.intent]:
+                model.intent = intent
             model.kinds += [EventKind.STATE_CHANGED, *[EventKind.PROGRESS] * steps]
         else:
             with pytest.raises(JobTransitionRefused):
@@ -103,7 +113,7 @@ class JobMachine(RuleBasedStateMachine):
     @rule(choice=CHOICE, intent=st.sampled_from(Intent))
     def intend(self, choice: int, intent: Intent) -> None:
         model = self.models[choice % len(self.models)]
-        if not model.seen.state.is_final and model.intent is not Intent.DISCARD:
+        if not model.seen.state.is_final and STRENGTH[intent] >= STRENGTH[model.intent]:
             model.intent = intent
         self.run(self.store.intend("acme", model.seen.name, intent))
 

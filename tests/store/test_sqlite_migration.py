@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from store import sqlite_migration, sqlite_schema
+from store.job_records import Intent, JobChange, JobState
 from store.records import (
     AdapterRecord,
     Arm,
@@ -19,12 +20,13 @@ from store.records import (
     VersionRecord,
     VersionState,
 )
-from store.sqlite_job_schema import JOB_SCHEMA
+from store.sqlite_job_schema import JOB_SCHEMA, RECOVERY_SCHEMA
 from store.sqlite_jobs import SqliteJobs
 from store.sqlite_registry import SqliteRegistry
-from tests.store.job_steps import add_dataset, create
+from tests.store.job_steps import add_dataset, create, new_job
 from tests.store.registry_steps import ONE, TWO, begin
 from tests.store.schema_2 import leave_schema_2
+from tests.store.schema_3 import leave_schema_3
 
 NOW_NS = 5_000
 # As the release that knew schema 1 wrote it.
@@ -81,6 +83,12 @@ def dump(path: Path) -> list[str]:
 def path_2(tmp_path: Path) -> Path:
     leave_schema_2(tmp_path / "db-2")
     return tmp_path / "db-2"
+
+
+@pytest.fixture
+def path_3(tmp_path: Path) -> Path:
+    leave_schema_3(tmp_path / "db-3")
+    return tmp_path / "db-3"
 
 
 def clock_ns() -> int:
@@ -147,11 +155,11 @@ async def test_counters_go_on(path: Path) -> None:
         assert await registry.last_sequence() == 10
 
 
-@pytest.mark.parametrize("schema", [1, 2])
+@pytest.mark.parametrize("schema", [1, 2, 3])
 async def test_it_happens_once_and_leaves_the_tables_of_a_new_file(
-    path: Path, path_2: Path, tmp_path: Path, schema: int
+    path: Path, path_2: Path, path_3: Path, tmp_path: Path, schema: int
 ) -> None:
-    path = {1: path, 2: path_2}[schema]
+    path = {1: path, 2: path_2, 3: path_3}[schema]
     async with SqliteRegistry(path):
         pass
     migrated = dump(path)
@@ -203,7 +211,7 @@ async def test_what_schema_2_kept_is_left_alone(path_2: Path) -> None:
         assert (await registry.adapter("acme", "sql")).arms == (Arm(1, 100),)
     after = dump(path_2)
     assert set(before[1:]) < set(after)
-    assert (before[0], after[0]) == ("(2,)", "(3,)")
+    assert (before[0], after[0]) == ("(2,)", "(4,)")
     assert not [line for line in set(after) - set(before) if line.startswith("INSERT")]
 
 
@@ -231,6 +239,37 @@ async def test_jobs_of_a_file_that_counted_none_keep_their_numbers_and_new_ones_
         newer = await create(store)
         assert await store.jobs("acme", limit=9) == [newer, *reversed(made)]
     assert [job.number for job in (*made, newer)] == [1, 2, 3, 4]
+
+
+async def test_jobs_of_schema_3_are_what_they_were_and_have_nothing_to_recover_from(
+    path_3: Path,
+) -> None:
+    before = dump(path_3)
+    async with SqliteJobs(path_3) as store:
+        one, two = await store.job("acme", "one"), await store.job("acme", "two")
+        assert (one.state, one.intent, one.epoch) == (JobState.RUNNING, Intent.CANCEL, 4)
+        assert (one.attempt, one.device, one.ingested_bytes) == (1, "cpu", 70)
+        assert (one.progress, one.notices) == ({"step": 1}, [{"code": "N"}])
+        assert two.error == {"reason": "TRAINER_LOST"}
+        assert one.recovery == two.recovery == {}
+        events = await store.job_events("acme", "one", after=0, limit=9)
+        assert [event.sequence for event in events] == [1, 2, 3, 4, 5]
+        assert await store.active_jobs() == [one.key]
+        paused = JobChange(state=JobState.PAUSING, recovery={"spent": 1})
+        assert (await store.change_job(one, paused)).recovery == {"spent": 1}
+        assert (await create(store, new_job("three", dataset="sea"))).number == 3
+    assert (before[0], dump(path_3)[0]) == ("(3,)", "(4,)")
+
+
+async def test_a_migration_that_fails_leaves_schema_3(
+    path_3: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = dump(path_3)
+    with monkeypatch.context() as patch, pytest.raises(RegistryUnusable):
+        patch.setattr(sqlite_schema, "RECOVERY_SCHEMA", f"{RECOVERY_SCHEMA}; FAIL")
+        async with SqliteJobs(path_3):
+            pass
+    assert dump(path_3) == before
 
 
 @pytest.mark.parametrize("failing", ["CREATE TABLE dataset", "CREATE TABLE job_event", "\n"])

@@ -10,6 +10,7 @@ from engine.models import resolve_model
 from tests.trainer.proxy import Proxy
 from tests.trainer.templates import CHATML, Models, write_tokenizer
 from tests.trainer.training_run import STARTED, Ended, start, write_rows
+from trainer import recovery
 from trainer.spec import Backend
 
 
@@ -71,6 +72,11 @@ def unsloth_run(
     """The same by Unsloth."""
     folder = tmp_path_factory.mktemp("runs") / "unsloth"
     return run_defaults(Backend.UNSLOTH, tiny, rows, folder, proxy)
+
+
+@pytest.fixture(autouse=True)
+def lost_attempts_are_followed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recovery, "BACKOFF_S", 0.02)
 
 
 @pytest.fixture(autouse=True)

@@ -26,7 +26,7 @@ from trainer.publisher import Finding
 from trainer.report import DatasetReport, TokenStatistics
 from trainer.run_folder import RunFolder
 from trainer.served import ServedModel
-from trainer.spec import DataSpec, JobSpec, PublishSpec
+from trainer.spec import DataSpec, Hyperparameters, JobSpec, PublishSpec
 
 WORKER = Path(__file__).with_name("scripted_worker.py")
 TENANT = "acme"
@@ -126,6 +126,7 @@ class Stage:
     price: Price | None = None
     environment: dict[str, str] = field(default_factory=lambda: {"PATH": os.defpath})
     grace_s: float = 10.0
+    stall_timeout_s: float = 300.0
     served: ServedModel | None = None
     """What is served; None: the tiny model."""
     _task: asyncio.Task[None] | None = None
@@ -146,6 +147,7 @@ class Stage:
             environment=self.environment,
             price=self.price,
             max_active=self.max_active,
+            stall_timeout_s=self.stall_timeout_s,
             worker=[str(WORKER)],
         )
 
@@ -177,13 +179,25 @@ class Stage:
         )
 
     async def create(
-        self, name: str, script: Script | None = None, *, publish: bool = True
+        self,
+        name: str,
+        script: Script | None = None,
+        *,
+        publish: bool = True,
+        max_attempts: int | None = None,
+        **hyperparameters: object,
     ) -> JobRecord:
         if script is not None:
             folder = self.root / "scripts"
             folder.mkdir(exist_ok=True)
             (folder / f"{name}.json").write_text(script.model_dump_json())
-        return await self.jobs.create(TENANT, self.spec(publish=publish), name=name)
+        spec = self.spec(publish=publish).model_copy(
+            update={
+                "max_attempts": max_attempts,
+                "hyperparameters": Hyperparameters.model_validate(hyperparameters),
+            }
+        )
+        return await self.jobs.create(TENANT, spec, name=name)
 
     def spec(self, *, publish: bool = True) -> JobSpec:
         return JobSpec(
@@ -215,6 +229,19 @@ class Stage:
 
     async def ended(self, name: str) -> JobRecord:
         return await self.until(name)
+
+    async def lost(self, name: str) -> list[str]:
+        """What became of the attempts that were followed by another."""
+        return [
+            event.payload["error"]["message"]
+            for event in await self.events(name)
+            if event.kind is EventKind.STATE_CHANGED and event.payload["state"] == "recovering"
+        ]
+
+    async def steps(self, name: str) -> list[int]:
+        """The steps that were told, in their order."""
+        events = await self.events(name)
+        return [event.payload["step"] for event in events if event.kind is EventKind.PROGRESS]
 
     async def events(self, name: str) -> list[JobEventRecord]:
         return await self.store.job_events(TENANT, name, after=0, limit=1000)

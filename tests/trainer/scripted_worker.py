@@ -7,7 +7,6 @@ What it is to do, and to do wrong, stands in `<root>/scripts/<job>.json`; see `S
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import signal
@@ -18,7 +17,7 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
-from trainer.checkpoint import seal
+from trainer.checkpoint import as_checkpoint, seal, verify
 from trainer.events import (
     Checkpoint,
     FailureReason,
@@ -28,6 +27,8 @@ from trainer.events import (
     WorkerEvent,
     WorkerEventKind,
 )
+from trainer.failure import out_of_memory
+from trainer.fence import Fence
 from trainer.ingest import as_json
 from trainer.run_folder import ADAPTER_FOLDER, RunExit, RunFolder, RunPlan, StopRequest, write_whole
 
@@ -39,15 +40,28 @@ class Script(BaseModel):
     steps: int = 3
     step_s: float = 0.0
     save_each: bool = False
+    save_at: int = -1
+    """The step after which it saves."""
     save_s: float = 0.0
     say: str = ""
     """Printed at the start."""
     die_at: int = -1
     """The step before which it sends itself `die_signal`; 0: before it has loaded."""
+    die_after: int = 0
+    """After how many steps of each attempt it does so; 0: never."""
     die_signal: int = signal.SIGKILL
     exit_at: int = -1
     """The step before which it ends with exit code 7."""
     fail: FailureReason | None = None
+    fail_retryable: bool = False
+    memory_rows: int = 0
+    """Rows at once above which memory does not do; 0: any number does, -1: none does."""
+    memory_from: int = 1
+    """The step from which on that is so."""
+    well_from: int = 0
+    """The attempt from which on it neither dies, exits, fails nor hangs; 0: none."""
+    hang_at: int = -1
+    """The step before which it does nothing any more; 0: before it has loaded."""
     deaf: bool = False
     """Does not look for stop.json."""
     unkillable: bool = False
@@ -78,6 +92,11 @@ class Worker:
         self.root = run.path.parents[3]
         script = self.root / "scripts" / f"{self.plan.job}.json"
         self.script = Script.model_validate_json(script.read_bytes() if script.exists() else b"{}")
+        well = 0 < self.script.well_from <= self.plan.attempt
+        if well:
+            wrong = {"die_at": -1, "exit_at": -1, "hang_at": -1, "fail": None}
+            self.script = self.script.model_copy(update=wrong)
+        self.fence = Fence(run, self.plan.attempt)
         self.events = run.events.open("ab", buffering=0)
         self.sequence = 0
         self.signals = 0
@@ -103,7 +122,7 @@ class Worker:
         self.events.write(line)
 
     def tell_progress(self, step: int, *, torn: bool = False, **values: float) -> None:
-        progress = Progress(
+        self.progress = Progress(
             step=step,
             total_steps=self.script.steps,
             epoch=step / self.script.steps,
@@ -113,7 +132,8 @@ class Worker:
             elapsed_s=float(step),
             **values,
         )
-        self.tell(WorkerEventKind.PROGRESS, progress, torn=torn)
+        self.tell(WorkerEventKind.PROGRESS, self.progress, torn=torn)
+        self.run.progress.touch()
 
     def main(self) -> int:
         script = self.script
@@ -129,21 +149,29 @@ class Worker:
         self.tell(WorkerEventKind.LOADED, self.plan.spec)
         if script.rubbish:
             self.events.write(script.rubbish.encode() + b"\n")
-        step = 0
-        for step in range(1, script.steps + 1):
+        step = begun = self.resumed()
+        for step in range(begun + 1, script.steps + 1):
             self.perhaps_die(step)
+            if step - begun == script.die_after + 1 and script.die_after:
+                self.die()
+            if step >= script.memory_from and self.too_many_rows():
+                return 1
             time.sleep(script.step_s)
             self.run.alive.touch()
             loss = float("nan") if script.nan else 1.0 / step
             self.tell_progress(step, torn=script.torn and step == 1, loss=loss)
-            if script.save_each and step < script.steps:
+            if (script.save_each or script.save_at == step) and step < script.steps:
                 self.save(step, final=False)
             if self.stop_requested():
                 return self.stop(step)
         if script.evaluate:
             self.tell_progress(step, eval_loss=0.75)
         if script.fail is not None:
-            failure = JobFailure(reason=script.fail, message="it is what the script says")
+            failure = JobFailure(
+                reason=script.fail,
+                message="it is what the script says",
+                retryable=script.fail_retryable,
+            )
             write_whole(self.run.exit, RunExit(ok=False, failure=failure))
             return 1
         while script.wait_for and not (self.root / script.wait_for).exists():
@@ -151,6 +179,23 @@ class Worker:
         self.finish(self.save(step, final=True))
         time.sleep(script.linger_s)
         return 0
+
+    def resumed(self) -> int:
+        """The step that it goes on from."""
+        if not self.plan.resume:
+            return 0
+        manifest = verify(Path(self.plan.resume))
+        assert manifest.progress is not None
+        self.progress = manifest.progress
+        return manifest.step
+
+    def too_many_rows(self) -> bool:
+        rows = self.plan.spec.hyperparameters.micro_batch_size or 0
+        if not self.script.memory_rows or rows <= self.script.memory_rows:
+            return False
+        failure = out_of_memory(self.plan.spec)
+        write_whole(self.run.exit, RunExit(ok=False, failure=failure))
+        return True
 
     def pause(self, seconds: float) -> None:
         end_s = time.monotonic() + seconds
@@ -162,17 +207,22 @@ class Worker:
 
     def perhaps_die(self, step: int) -> None:
         if step == self.script.die_at:
-            os.kill(os.getpid(), self.script.die_signal)
-            time.sleep(10)
+            self.die()
         if step == self.script.exit_at:
             os._exit(7)
+        while step == self.script.hang_at:
+            time.sleep(600)
+
+    def die(self) -> None:
+        os.kill(os.getpid(), self.script.die_signal)
+        time.sleep(10)
 
     def stop_requested(self) -> bool:
         return not self.script.deaf and (self.run.stop.exists() or self.signals > 0)
 
     def stop(self, step: int) -> int:
-        request = StopRequest.model_validate_json(self.run.stop.read_bytes())
-        if request.save:
+        asked = self.run.stop.exists()  # else it was a signal alone
+        if not asked or StopRequest.model_validate_json(self.run.stop.read_bytes()).save:
             self.save(step, final=False)
         write_whole(self.run.exit, RunExit(ok=False, stopped=True))
         return 3
@@ -183,17 +233,12 @@ class Worker:
         (folder / ADAPTER_FOLDER / "adapter_config.json").write_text("{}")
         (folder / ADAPTER_FOLDER / "adapter_model.safetensors").write_bytes(b"%d" % step)
         time.sleep(self.script.save_s)
-        manifest = seal(folder, step, None)
+        if not self.fence.holds:
+            os._exit(9)
+        manifest = seal(folder, step, None, self.progress)
         if self.script.damage:
             (folder / ADAPTER_FOLDER / "adapter_model.safetensors").write_bytes(b"other")
-        checkpoint = Checkpoint(
-            step=step,
-            folder=folder.relative_to(self.run.path.parents[1]).as_posix(),
-            size_bytes=manifest.size_bytes,
-            sha256=hashlib.sha256((folder / "manifest.json").read_bytes()).hexdigest(),
-            create_time_ns=manifest.create_time_ns,
-            final=final,
-        )
+        checkpoint = as_checkpoint(folder, manifest, self.plan.attempt, final=final)
         self.adapter_files = manifest.adapter_files
         self.tell(WorkerEventKind.CHECKPOINT, checkpoint)
         return checkpoint

@@ -6,6 +6,8 @@ import pytest
 
 from trainer.checkpoint import (
     CheckpointCorrupt,
+    adopt,
+    drop_earlier,
     drop_oldest,
     folder_of,
     remove_unfinished,
@@ -90,6 +92,30 @@ def test_the_newest_are_kept_by_number_and_not_by_name(run: RunFolder) -> None:
     drop_oldest(run, 2, spared=[2])
     assert steps_of(run) == [2, 10, 100]
     assert folder_of(run, 200).is_dir()
+
+
+def test_the_newest_of_all_attempts_are_kept(tmp_path: Path) -> None:
+    runs = [RunFolder(tmp_path / str(number)) for number in (1, 2, 3)]
+    for run, steps in zip(runs, [(2, 9, 10), (4, 8), (6,)], strict=True):
+        for step in steps:
+            finished(run, step)
+    drop_earlier(runs[2], 3, 2)
+    assert [steps_of(run) for run in runs] == [[], [8], [6]]
+    finished(runs[2], 7)
+    drop_earlier(runs[2], 3, 2)
+    assert [steps_of(run) for run in runs] == [[], [], [6, 7]]
+
+
+def test_an_adopted_one_is_whole_and_stays_when_the_other_goes(tmp_path: Path) -> None:
+    first, second = RunFolder(tmp_path / "1"), RunFolder(tmp_path / "2")
+    theirs = finished(first, 3)
+    second.checkpoints.mkdir(parents=True)
+    ours = adopt(second, theirs)
+    assert ours == folder_of(second, 3)
+    drop_oldest(first, 1)
+    drop_earlier(second, 2, 1)
+    assert not theirs.exists()
+    assert verify(ours).step == 3
 
 
 def test_what_was_not_finished_can_be_swept(run: RunFolder) -> None:

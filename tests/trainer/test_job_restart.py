@@ -15,6 +15,7 @@ from store.job_records import EventKind, Intent, JobState
 from tests.trainer.job_stage import TENANT, Stage, stage
 from tests.trainer.scripted_worker import Script
 from trainer.devices import Device
+from trainer.recovery import recovery_of
 from trainer.run_folder import RunExit, write_whole
 
 RUNS_ON = Script(steps=20, step_s=0.05, wait_for="go")
@@ -61,30 +62,26 @@ async def test_a_job_that_ended_while_we_were_away_is_finished(tmp_path: Path) -
         await whole(s, "one", 20)
 
 
-async def test_a_process_that_died_while_we_were_away_is_lost(tmp_path: Path) -> None:
+@pytest.mark.parametrize("said", [None, RunExit(ok=True)], ids=["nothing", "success"])
+async def test_a_process_that_died_while_we_were_away_is_followed_by_another(
+    tmp_path: Path, said: RunExit | None
+) -> None:
     async with stage(tmp_path) as s:
-        await s.create("one", RUNS_ON)
+        await s.create("one", RUNS_ON.model_copy(update={"save_each": True}))
         job = await s.until_step("one", 3)
         await s.stop()
         for pid in s.processes(job):
             os.kill(pid, signal.SIGKILL)
+        if said is not None:  # which is no proof: there is no adapter
+            write_whole(s.run_folder(job).exit, said)
+        (tmp_path / "go").touch()
         await s.restart()
         job = await s.ended("one")
-        assert job.error is not None and job.error["reason"] == "TRAINER_LOST"
-        assert "died while the gateway was away" in job.error["message"]
-
-
-async def test_an_exit_without_the_adapter_is_no_success(tmp_path: Path) -> None:
-    async with stage(tmp_path) as s:
-        await s.create("one", RUNS_ON)
-        job = await s.until_step("one", 3)
-        await s.stop()
-        for pid in s.processes(job):
-            os.kill(pid, signal.SIGKILL)
-        write_whole(s.run_folder(job).exit, RunExit(ok=True))
-        await s.restart()
-        job = await s.ended("one")
-        assert job.error is not None and job.error["reason"] == "TRAINER_LOST"
+        assert job.state is JobState.SUCCEEDED, job.error
+        assert job.attempt == 2
+        assert recovery_of(job).resumed_from is not None
+        (how,) = await s.lost("one")
+        assert ("died while the gateway was away" if said is None else "damaged") in how
 
 
 @pytest.mark.parametrize("state", [JobState.VALIDATING, JobState.QUEUED, JobState.FINALIZING])

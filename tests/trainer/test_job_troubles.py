@@ -162,13 +162,13 @@ async def test_a_cancel_while_the_gateway_starts_is_carried_out(
         await s.create("one", Script(steps=1, wait_for="never"))
         job = await s.until_step("one", 1)
         await s.stop()
-        recover = JobRun.recover
+        find = JobRun.find
 
         async def recover_late(run: JobRun) -> None:
-            await recover(run)
+            await find(run)
             await s.jobs.cancel(TENANT, "one", discard=False)
 
-        monkeypatch.setattr(JobRun, "recover", recover_late)
+        monkeypatch.setattr(JobRun, "find", recover_late)
         s.grace_s = 0.0
         await s.restart()
         async with asyncio.timeout(15):
@@ -185,11 +185,11 @@ async def test_a_cancel_between_two_tries_is_carried_out(
         await s.stop()
         follow, failed = Attempt.follow, asyncio.Event()
 
-        async def fail_once(attempt: Attempt, *arguments: Any) -> JobRecord:
+        async def fail_once(attempt: Attempt, *arguments: Any, **options: Any) -> JobRecord:
             if not failed.is_set():
                 failed.set()
                 raise RuntimeError("once")
-            return await follow(attempt, *arguments)
+            return await follow(attempt, *arguments, **options)
 
         monkeypatch.setattr(Attempt, "follow", fail_once)
         await s.restart()

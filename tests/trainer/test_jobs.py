@@ -144,7 +144,7 @@ async def test_a_process_that_proves_no_success_is_lost(
     assert job.error is not None and job.error["reason"] == "TRAINER_LOST"
     assert said in job.error["message"]
     assert "my last words" in job.error["message"]
-    assert job.error["metadata"] == {"attempt": "1"}
+    assert job.error["metadata"] == {"attempt": "2"}
     assert not left, "what it had started is gone"
     assert not s.publisher.published
 

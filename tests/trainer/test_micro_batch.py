@@ -166,7 +166,7 @@ async def test_a_cpu_is_never_tried_for_memory_that_serving_needs(tmp_path: Path
 
     events: Any = Events()
     nothing: Any = None
-    recipe = Recipe(plan, RunFolder(tmp_path), nothing, nothing, events)
+    recipe = Recipe(plan, RunFolder(tmp_path), nothing, nothing, nothing, events)
     recipe._fit(nothing, nothing, memory_of(on_gpu=False, limit_bytes=plan.memory_bytes))
     assert [notice.code for notice in told] == ["MICRO_BATCH_NOT_FITTED"]
 

@@ -159,12 +159,13 @@ def test_a_process_hears_that_it_is_to_end_however_many_files_are_open(run: RunF
     code = f"""
 import os, time
 from pathlib import Path
+from trainer.fence import Fence
 from trainer.life import Life
 from trainer.run_folder import RunFolder, StopRequest, write_whole
 for _ in range(1100):
     os.open("/dev/null", os.O_RDONLY)
 run = RunFolder(Path({str(run.path)!r}))
-with Life(run, lambda: None) as life:
+with Life(run, Fence(run, 1), lambda: None) as life:
     life.loaded()
     write_whole(run.stop, StopRequest(save=False))
     end_s = time.monotonic() + 10

@@ -157,6 +157,8 @@ def start(
     memory_bytes: int = 0,
     eval_rows: str = "",
     environment: Mapping[str, str] = os.environ,
+    resume: str = "",
+    attempt: int = 1,
     prepare: Callable[[RunFolder], None] = lambda run: None,
 ) -> Running:
     """Start a training process in a folder of its own."""
@@ -166,7 +168,7 @@ def start(
         tenant="acme",
         job="pirate-1",
         uid="u1",
-        attempt=1,
+        attempt=attempt,
         spec=resolved(fields or {}, backend),
         model_path=str(model),
         served_dtype=served_dtype,
@@ -176,6 +178,7 @@ def start(
         rows=str(rows),
         eval_rows=eval_rows,
         memory_bytes=memory_bytes,
+        resume=resume,
     )
     write_whole(run.plan, plan)
     prepare(run)

@@ -34,6 +34,8 @@ class JobKeywords(TypedDict, total=False):
     base_model: str | None
     checkpoints_kept: int | None
     cancel_grace_s: float | None
+    checkpoint_interval_s: float | None
+    max_attempts: int | None
 
     epochs: float | None
     max_steps: int | None
@@ -72,6 +74,7 @@ class JobKeywords(TypedDict, total=False):
     gate: GateSpec | None
 
 
+_DURATIONS = {"cancel_grace_s", "checkpoint_interval_s"}
 _SECTIONS = ("hyperparameters", "lora", "data", "publish")
 
 
@@ -94,8 +97,9 @@ def job_spec(spec: JobSpec | None, keywords: JobKeywords) -> JobSpec:
     if isinstance(given.get("target_modules"), str):
         # A lone string would pass for a list of its characters.
         given["target_modules"] = [given["target_modules"]]
-    if "cancel_grace_s" in given:
-        made.cancel_grace.FromTimedelta(timedelta(seconds=given.pop("cancel_grace_s")))
+    for name in _DURATIONS & given.keys():
+        duration = getattr(made, name.removesuffix("_s"))
+        duration.FromTimedelta(timedelta(seconds=given.pop(name)))
     fields: dict[str, dict[str, Any]] = {"": {}}
     for name, value in given.items():
         fields.setdefault(_section_of(name), {})[name] = value

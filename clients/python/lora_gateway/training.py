@@ -28,9 +28,11 @@ from lora_gateway.v1.training_pb2 import (
     JobState,
     ListCheckpointsRequest,
     ListJobsRequest,
+    PauseJobRequest,
     Publication,
     PublishCheckpointRequest,
     PublishSpec,
+    ResumeJobRequest,
 )
 from lora_gateway.v1.training_pb2_grpc import TrainingStub
 
@@ -166,6 +168,27 @@ class TrainingClient(DatasetCalls):
         """
         request = CancelJobRequest(name=name, discard=discard)
         return (await self._calls.unary(self._stub.CancelJob, request, timeout_s, metadata)).job
+
+    async def pause_job(
+        self, name: str, *, timeout_s: float | None = None, metadata: Metadata | None = None
+    ) -> Job:
+        """Ask a job to save, to leave its device and to wait. Pausing again changes nothing.
+
+        FailedPrecondition with reason JOB_NOT_PAUSABLE: its adapter is saved already, or it is to
+        end or has ended.
+        """
+        request = PauseJobRequest(name=name)
+        return (await self._calls.unary(self._stub.PauseJob, request, timeout_s, metadata)).job
+
+    async def resume_job(
+        self, name: str, *, timeout_s: float | None = None, metadata: Metadata | None = None
+    ) -> Job:
+        """Queue a paused job again. Resuming one that is not to be paused changes nothing.
+
+        FailedPrecondition with reason JOB_NOT_RESUMABLE: it is to end or has ended.
+        """
+        request = ResumeJobRequest(name=name)
+        return (await self._calls.unary(self._stub.ResumeJob, request, timeout_s, metadata)).job
 
     async def delete_job(
         self, name: str, *, timeout_s: float | None = None, metadata: Metadata | None = None

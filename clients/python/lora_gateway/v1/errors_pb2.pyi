@@ -263,20 +263,31 @@ class _ErrorReasonEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._En
     Only in `Job.error`. Metadata: `step`.
     """
     ERROR_REASON_OUT_OF_MEMORY: _ErrorReason.ValueType  # 64
-    """ERROR_REASON_OUT_OF_MEMORY: the device's memory did not do. Lower
-    micro_batch_size or max_sequence_tokens.
+    """ERROR_REASON_OUT_OF_MEMORY: the device's memory did not do, with one row at
+    once either. Lower max_sequence_tokens or the adapter's rank.
     Only in `Job.error`. Metadata: `micro_batch_size`, `max_sequence_tokens`,
-    `memory_bytes`.
+    `memory_bytes`, `tried` (rows at once, in order, with commas).
     """
     ERROR_REASON_TRAINER_LOST: _ErrorReason.ValueType  # 65
-    """ERROR_REASON_TRAINER_LOST: the training process died without saying why:
-    killed, or crashed. The message names its signal or exit code.
+    """ERROR_REASON_TRAINER_LOST: the training process died without saying why, or
+    hung, as often as the job's `max_attempts` allow. The message names signal or
+    exit code of the last one, and what was tried.
     Only in `Job.error`. Metadata: `attempt`.
     """
     ERROR_REASON_TRAINER_FAILED: _ErrorReason.ValueType  # 66
     """ERROR_REASON_TRAINER_FAILED: the training process ended with an error of a
     library; the message names it, and GetJobLogs has the rest.
     Only in `Job.error`. Metadata: `attempt`.
+    """
+    ERROR_REASON_JOB_NOT_PAUSABLE: _ErrorReason.ValueType  # 67
+    """ERROR_REASON_JOB_NOT_PAUSABLE: the adapter is saved already, or the job is to
+    end or has ended; there is no training to pause.
+    Code FAILED_PRECONDITION. Metadata: `job`, `state`.
+    """
+    ERROR_REASON_JOB_NOT_RESUMABLE: _ErrorReason.ValueType  # 68
+    """ERROR_REASON_JOB_NOT_RESUMABLE: the job is to end or has ended; create it
+    again.
+    Code FAILED_PRECONDITION. Metadata: `job`, `state`.
     """
     ERROR_REASON_SHARD_NOT_FOUND: _ErrorReason.ValueType  # 70
     """ERROR_REASON_SHARD_NOT_FOUND: no shard of that name. ListShards lists them.
@@ -554,20 +565,31 @@ ERROR_REASON_LOSS_DIVERGED: ErrorReason.ValueType  # 63
 Only in `Job.error`. Metadata: `step`.
 """
 ERROR_REASON_OUT_OF_MEMORY: ErrorReason.ValueType  # 64
-"""ERROR_REASON_OUT_OF_MEMORY: the device's memory did not do. Lower
-micro_batch_size or max_sequence_tokens.
+"""ERROR_REASON_OUT_OF_MEMORY: the device's memory did not do, with one row at
+once either. Lower max_sequence_tokens or the adapter's rank.
 Only in `Job.error`. Metadata: `micro_batch_size`, `max_sequence_tokens`,
-`memory_bytes`.
+`memory_bytes`, `tried` (rows at once, in order, with commas).
 """
 ERROR_REASON_TRAINER_LOST: ErrorReason.ValueType  # 65
-"""ERROR_REASON_TRAINER_LOST: the training process died without saying why:
-killed, or crashed. The message names its signal or exit code.
+"""ERROR_REASON_TRAINER_LOST: the training process died without saying why, or
+hung, as often as the job's `max_attempts` allow. The message names signal or
+exit code of the last one, and what was tried.
 Only in `Job.error`. Metadata: `attempt`.
 """
 ERROR_REASON_TRAINER_FAILED: ErrorReason.ValueType  # 66
 """ERROR_REASON_TRAINER_FAILED: the training process ended with an error of a
 library; the message names it, and GetJobLogs has the rest.
 Only in `Job.error`. Metadata: `attempt`.
+"""
+ERROR_REASON_JOB_NOT_PAUSABLE: ErrorReason.ValueType  # 67
+"""ERROR_REASON_JOB_NOT_PAUSABLE: the adapter is saved already, or the job is to
+end or has ended; there is no training to pause.
+Code FAILED_PRECONDITION. Metadata: `job`, `state`.
+"""
+ERROR_REASON_JOB_NOT_RESUMABLE: ErrorReason.ValueType  # 68
+"""ERROR_REASON_JOB_NOT_RESUMABLE: the job is to end or has ended; create it
+again.
+Code FAILED_PRECONDITION. Metadata: `job`, `state`.
 """
 ERROR_REASON_SHARD_NOT_FOUND: ErrorReason.ValueType  # 70
 """ERROR_REASON_SHARD_NOT_FOUND: no shard of that name. ListShards lists them.

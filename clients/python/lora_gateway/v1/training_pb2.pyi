@@ -302,8 +302,20 @@ class _JobStateEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumT
     """JOB_STATE_PREPARING: the training process loads the base model."""
     JOB_STATE_RUNNING: _JobState.ValueType  # 4
     """JOB_STATE_RUNNING: steps run."""
+    JOB_STATE_PAUSING: _JobState.ValueType  # 5
+    """JOB_STATE_PAUSING: the training process was asked to save and end; the job is
+    to go on later.
+    """
+    JOB_STATE_PAUSED: _JobState.ValueType  # 6
+    """JOB_STATE_PAUSED: rests without a device until ResumeJob. Counts as a job that
+    has not ended.
+    """
     JOB_STATE_CANCELLING: _JobState.ValueType  # 7
     """JOB_STATE_CANCELLING: the training process was asked to end."""
+    JOB_STATE_RECOVERING: _JobState.ValueType  # 8
+    """JOB_STATE_RECOVERING: the training process died, hung or lacked memory, and
+    another is to go on. QUEUED after a pause that grows with each loss.
+    """
     JOB_STATE_FINALIZING: _JobState.ValueType  # 9
     """JOB_STATE_FINALIZING: the adapter is saved and is being published."""
     JOB_STATE_SUCCEEDED: _JobState.ValueType  # 10
@@ -330,8 +342,20 @@ JOB_STATE_PREPARING: JobState.ValueType  # 3
 """JOB_STATE_PREPARING: the training process loads the base model."""
 JOB_STATE_RUNNING: JobState.ValueType  # 4
 """JOB_STATE_RUNNING: steps run."""
+JOB_STATE_PAUSING: JobState.ValueType  # 5
+"""JOB_STATE_PAUSING: the training process was asked to save and end; the job is
+to go on later.
+"""
+JOB_STATE_PAUSED: JobState.ValueType  # 6
+"""JOB_STATE_PAUSED: rests without a device until ResumeJob. Counts as a job that
+has not ended.
+"""
 JOB_STATE_CANCELLING: JobState.ValueType  # 7
 """JOB_STATE_CANCELLING: the training process was asked to end."""
+JOB_STATE_RECOVERING: JobState.ValueType  # 8
+"""JOB_STATE_RECOVERING: the training process died, hung or lacked memory, and
+another is to go on. QUEUED after a pause that grows with each loss.
+"""
 JOB_STATE_FINALIZING: JobState.ValueType  # 9
 """JOB_STATE_FINALIZING: the adapter is saved and is being published."""
 JOB_STATE_SUCCEEDED: JobState.ValueType  # 10
@@ -814,6 +838,8 @@ class JobSpec(google.protobuf.message.Message):
     BASE_MODEL_FIELD_NUMBER: builtins.int
     CANCEL_GRACE_FIELD_NUMBER: builtins.int
     CHECKPOINTS_KEPT_FIELD_NUMBER: builtins.int
+    CHECKPOINT_INTERVAL_FIELD_NUMBER: builtins.int
+    MAX_ATTEMPTS_FIELD_NUMBER: builtins.int
     dataset: builtins.str
     """dataset to train on. Required."""
     adapter: builtins.str
@@ -827,8 +853,11 @@ class JobSpec(google.protobuf.message.Message):
     is the only one that is taken. At most 256 characters.
     """
     checkpoints_kept: builtins.int
-    """checkpoints_kept of those saved after each epoch, the newest. 1 to 100.
-    Default 2.
+    """checkpoints_kept of those saved, the newest. 1 to 100. Default 2."""
+    max_attempts: builtins.int
+    """max_attempts that may be lost before the job is FAILED: a training process that
+    died or hung counts one, and two if it saved no checkpoint. 1 to 100; 1: the
+    first loss is the last. Default 3.
     """
     @property
     def hyperparameters(self) -> Global___Hyperparameters:
@@ -849,7 +878,15 @@ class JobSpec(google.protobuf.message.Message):
     @property
     def cancel_grace(self) -> google.protobuf.duration_pb2.Duration:
         """cancel_grace that the training process gets to save and end when the job is
-        cancelled. 0 to 10 minutes. Default 10 s.
+        cancelled or paused. 0 to 10 minutes. Default 10 s.
+        """
+
+    @property
+    def checkpoint_interval(self) -> google.protobuf.duration_pb2.Duration:
+        """checkpoint_interval after which a checkpoint is saved within an epoch, counted
+        from the one before: no more than that is lost when the training process dies,
+        if a step does not take as long. One is saved after each epoch too. 1 s to 24
+        hours. Default 10 minutes.
         """
 
     def __init__(
@@ -865,10 +902,15 @@ class JobSpec(google.protobuf.message.Message):
         base_model: builtins.str = ...,
         cancel_grace: google.protobuf.duration_pb2.Duration | None = ...,
         checkpoints_kept: builtins.int | None = ...,
+        checkpoint_interval: google.protobuf.duration_pb2.Duration | None = ...,
+        max_attempts: builtins.int | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_checkpoints_kept", b"_checkpoints_kept", "cancel_grace", b"cancel_grace", "checkpoints_kept", b"checkpoints_kept", "data", b"data", "hyperparameters", b"hyperparameters", "lora", b"lora", "publish", b"publish"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_checkpoints_kept", b"_checkpoints_kept", "adapter", b"adapter", "backend", b"backend", "base_model", b"base_model", "cancel_grace", b"cancel_grace", "checkpoints_kept", b"checkpoints_kept", "data", b"data", "dataset", b"dataset", "hyperparameters", b"hyperparameters", "lora", b"lora", "publish", b"publish"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_checkpoints_kept", b"_checkpoints_kept", "_max_attempts", b"_max_attempts", "cancel_grace", b"cancel_grace", "checkpoint_interval", b"checkpoint_interval", "checkpoints_kept", b"checkpoints_kept", "data", b"data", "hyperparameters", b"hyperparameters", "lora", b"lora", "max_attempts", b"max_attempts", "publish", b"publish"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_checkpoints_kept", b"_checkpoints_kept", "_max_attempts", b"_max_attempts", "adapter", b"adapter", "backend", b"backend", "base_model", b"base_model", "cancel_grace", b"cancel_grace", "checkpoint_interval", b"checkpoint_interval", "checkpoints_kept", b"checkpoints_kept", "data", b"data", "dataset", b"dataset", "hyperparameters", b"hyperparameters", "lora", b"lora", "max_attempts", b"max_attempts", "publish", b"publish"]) -> None: ...
+    @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_checkpoints_kept", b"_checkpoints_kept"]) -> typing.Literal["checkpoints_kept"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_max_attempts", b"_max_attempts"]) -> typing.Literal["max_attempts"] | None: ...
 
 Global___JobSpec: typing_extensions.TypeAlias = JobSpec
 
@@ -1551,6 +1593,10 @@ class Job(google.protobuf.message.Message):
     LABELS_FIELD_NUMBER: builtins.int
     ATTEMPT_FIELD_NUMBER: builtins.int
     NOTICES_FIELD_NUMBER: builtins.int
+    ATTEMPTS_LEFT_FIELD_NUMBER: builtins.int
+    RESUMED_FROM_FIELD_NUMBER: builtins.int
+    LOST_STEPS_FIELD_NUMBER: builtins.int
+    RETRY_TIME_FIELD_NUMBER: builtins.int
     name: builtins.str
     """name of the job. Format `[a-z0-9][a-z0-9._-]{0,62}`."""
     state: Global___JobState.ValueType
@@ -1563,6 +1609,12 @@ class Job(google.protobuf.message.Message):
     """checkpoint_step of the run's result; 0: none yet. ListCheckpoints has all."""
     attempt: builtins.int
     """attempt that runs or ran last, from 1; 0: none was started."""
+    attempts_left: builtins.int
+    """attempts_left of `max_attempts`; a loss that leaves none makes the job FAILED."""
+    lost_steps: builtins.int
+    """lost_steps that were computed again because no checkpoint had them; of all
+    attempts together.
+    """
     @property
     def spec(self) -> Global___JobSpec:
         """spec as it was asked for."""
@@ -1611,6 +1663,16 @@ class Job(google.protobuf.message.Message):
     def notices(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Notice]:
         """notices are what the trainer changed or warns of, in order. At most 64."""
 
+    @property
+    def resumed_from(self) -> Global___Checkpoint:
+        """resumed_from is the checkpoint that the attempt goes on from; unset: it began
+        at the first step.
+        """
+
+    @property
+    def retry_time(self) -> google.protobuf.timestamp_pb2.Timestamp:
+        """retry_time is when a job that is RECOVERING is queued again; unset otherwise."""
+
     def __init__(
         self,
         *,
@@ -1631,9 +1693,13 @@ class Job(google.protobuf.message.Message):
         labels: collections.abc.Mapping[builtins.str, builtins.str] | None = ...,
         attempt: builtins.int = ...,
         notices: collections.abc.Iterable[Global___Notice] | None = ...,
+        attempts_left: builtins.int = ...,
+        resumed_from: Global___Checkpoint | None = ...,
+        lost_steps: builtins.int = ...,
+        retry_time: google.protobuf.timestamp_pb2.Timestamp | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["create_time", b"create_time", "effective_spec", b"effective_spec", "end_time", b"end_time", "error", b"error", "manifest", b"manifest", "progress", b"progress", "publication", b"publication", "spec", b"spec", "start_time", b"start_time"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["attempt", b"attempt", "checkpoint_step", b"checkpoint_step", "create_time", b"create_time", "effective_spec", b"effective_spec", "end_time", b"end_time", "error", b"error", "labels", b"labels", "last_sequence", b"last_sequence", "manifest", b"manifest", "name", b"name", "notices", b"notices", "progress", b"progress", "publication", b"publication", "queue_position", b"queue_position", "spec", b"spec", "start_time", b"start_time", "state", b"state"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["create_time", b"create_time", "effective_spec", b"effective_spec", "end_time", b"end_time", "error", b"error", "manifest", b"manifest", "progress", b"progress", "publication", b"publication", "resumed_from", b"resumed_from", "retry_time", b"retry_time", "spec", b"spec", "start_time", b"start_time"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["attempt", b"attempt", "attempts_left", b"attempts_left", "checkpoint_step", b"checkpoint_step", "create_time", b"create_time", "effective_spec", b"effective_spec", "end_time", b"end_time", "error", b"error", "labels", b"labels", "last_sequence", b"last_sequence", "lost_steps", b"lost_steps", "manifest", b"manifest", "name", b"name", "notices", b"notices", "progress", b"progress", "publication", b"publication", "queue_position", b"queue_position", "resumed_from", b"resumed_from", "retry_time", b"retry_time", "spec", b"spec", "start_time", b"start_time", "state", b"state"]) -> None: ...
 
 Global___Job: typing_extensions.TypeAlias = Job
 
@@ -2108,7 +2174,7 @@ class StateChanged(google.protobuf.message.Message):
     """state it is in now."""
     @property
     def error(self) -> Global___JobError:
-        """error why it FAILED; unset otherwise."""
+        """error why it FAILED, or is RECOVERING; unset otherwise."""
 
     def __init__(
         self,
@@ -2483,6 +2549,84 @@ class CancelJobResponse(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["job", b"job"]) -> None: ...
 
 Global___CancelJobResponse: typing_extensions.TypeAlias = CancelJobResponse
+
+@typing.final
+class PauseJobRequest(google.protobuf.message.Message):
+    """PauseJobRequest names a job."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: builtins.int
+    name: builtins.str
+    """name of the job. Required."""
+    def __init__(
+        self,
+        *,
+        name: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["name", b"name"]) -> None: ...
+
+Global___PauseJobRequest: typing_extensions.TypeAlias = PauseJobRequest
+
+@typing.final
+class PauseJobResponse(google.protobuf.message.Message):
+    """PauseJobResponse holds the job."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    JOB_FIELD_NUMBER: builtins.int
+    @property
+    def job(self) -> Global___Job:
+        """job as it stands now."""
+
+    def __init__(
+        self,
+        *,
+        job: Global___Job | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["job", b"job"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["job", b"job"]) -> None: ...
+
+Global___PauseJobResponse: typing_extensions.TypeAlias = PauseJobResponse
+
+@typing.final
+class ResumeJobRequest(google.protobuf.message.Message):
+    """ResumeJobRequest names a job."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: builtins.int
+    name: builtins.str
+    """name of the job. Required."""
+    def __init__(
+        self,
+        *,
+        name: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["name", b"name"]) -> None: ...
+
+Global___ResumeJobRequest: typing_extensions.TypeAlias = ResumeJobRequest
+
+@typing.final
+class ResumeJobResponse(google.protobuf.message.Message):
+    """ResumeJobResponse holds the job."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    JOB_FIELD_NUMBER: builtins.int
+    @property
+    def job(self) -> Global___Job:
+        """job as it stands now."""
+
+    def __init__(
+        self,
+        *,
+        job: Global___Job | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["job", b"job"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["job", b"job"]) -> None: ...
+
+Global___ResumeJobResponse: typing_extensions.TypeAlias = ResumeJobResponse
 
 @typing.final
 class DeleteJobRequest(google.protobuf.message.Message):

@@ -35,10 +35,13 @@ class TrainingStub(object):
 
     VALIDATING ─► QUEUED ─► PREPARING ─► RUNNING ─► FINALIZING ─► SUCCEEDED
     └──────────┴──────────┴───────────┴────────────┴──────► FAILED
+    PREPARING, RUNNING ─► PAUSING ─► PAUSED ─► QUEUED
+    PREPARING, RUNNING, PAUSING ─► RECOVERING ─► QUEUED
     each of them ─► CANCELLING ─► CANCELLED
 
     What a call answered survives a crash and a power cut. Training goes on when
-    the gateway ends, and is found again when it starts.
+    the gateway ends, and is found again when it starts. A training process that
+    dies is followed by another, from the newest checkpoint on.
 
     Errors are the RPC status, and `Job.error` for what ends a job later;
     `errors.proto` lists the reasons of both.
@@ -110,6 +113,16 @@ class TrainingStub(object):
                 request_serializer=lora__gateway_dot_v1_dot_training__pb2.CancelJobRequest.SerializeToString,
                 response_deserializer=lora__gateway_dot_v1_dot_training__pb2.CancelJobResponse.FromString,
                 _registered_method=True)
+        self.PauseJob = channel.unary_unary(
+                '/lora_gateway.v1.Training/PauseJob',
+                request_serializer=lora__gateway_dot_v1_dot_training__pb2.PauseJobRequest.SerializeToString,
+                response_deserializer=lora__gateway_dot_v1_dot_training__pb2.PauseJobResponse.FromString,
+                _registered_method=True)
+        self.ResumeJob = channel.unary_unary(
+                '/lora_gateway.v1.Training/ResumeJob',
+                request_serializer=lora__gateway_dot_v1_dot_training__pb2.ResumeJobRequest.SerializeToString,
+                response_deserializer=lora__gateway_dot_v1_dot_training__pb2.ResumeJobResponse.FromString,
+                _registered_method=True)
         self.DeleteJob = channel.unary_unary(
                 '/lora_gateway.v1.Training/DeleteJob',
                 request_serializer=lora__gateway_dot_v1_dot_training__pb2.DeleteJobRequest.SerializeToString,
@@ -152,10 +165,13 @@ class TrainingServicer(object):
 
     VALIDATING ─► QUEUED ─► PREPARING ─► RUNNING ─► FINALIZING ─► SUCCEEDED
     └──────────┴──────────┴───────────┴────────────┴──────► FAILED
+    PREPARING, RUNNING ─► PAUSING ─► PAUSED ─► QUEUED
+    PREPARING, RUNNING, PAUSING ─► RECOVERING ─► QUEUED
     each of them ─► CANCELLING ─► CANCELLED
 
     What a call answered survives a crash and a power cut. Training goes on when
-    the gateway ends, and is found again when it starts.
+    the gateway ends, and is found again when it starts. A training process that
+    dies is followed by another, from the newest checkpoint on.
 
     Errors are the RPC status, and `Job.error` for what ends a job later;
     `errors.proto` lists the reasons of both.
@@ -258,6 +274,28 @@ class TrainingServicer(object):
         """CancelJob asks a job to end. It is CANCELLING when this answers, and
         CANCELLED within its `cancel_grace` and ten seconds; a checkpoint is kept if
         a step had run. Cancelling a job that has ended changes nothing.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def PauseJob(self, request, context):
+        """PauseJob asks a job to save, to leave its device and to wait. A job that
+        trains is PAUSING when this answers, and PAUSED within its `cancel_grace` and
+        ten seconds; one that waits (QUEUED, RECOVERING) is PAUSED at once, and one
+        that is VALIDATING once it would be QUEUED. Pausing a job that is to be paused
+        already changes nothing. One whose adapter is saved, or that is to end or has
+        ended, is refused (JOB_NOT_PAUSABLE).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ResumeJob(self, request, context):
+        """ResumeJob queues a paused job again; it goes on from its newest checkpoint
+        that is whole. One that is PAUSING is queued once it is PAUSED. Resuming a job
+        that is not to be paused changes nothing. One that is to end or has ended is
+        refused (JOB_NOT_RESUMABLE).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -381,6 +419,16 @@ def add_TrainingServicer_to_server(servicer, server):
                     request_deserializer=lora__gateway_dot_v1_dot_training__pb2.CancelJobRequest.FromString,
                     response_serializer=lora__gateway_dot_v1_dot_training__pb2.CancelJobResponse.SerializeToString,
             ),
+            'PauseJob': grpc.unary_unary_rpc_method_handler(
+                    servicer.PauseJob,
+                    request_deserializer=lora__gateway_dot_v1_dot_training__pb2.PauseJobRequest.FromString,
+                    response_serializer=lora__gateway_dot_v1_dot_training__pb2.PauseJobResponse.SerializeToString,
+            ),
+            'ResumeJob': grpc.unary_unary_rpc_method_handler(
+                    servicer.ResumeJob,
+                    request_deserializer=lora__gateway_dot_v1_dot_training__pb2.ResumeJobRequest.FromString,
+                    response_serializer=lora__gateway_dot_v1_dot_training__pb2.ResumeJobResponse.SerializeToString,
+            ),
             'DeleteJob': grpc.unary_unary_rpc_method_handler(
                     servicer.DeleteJob,
                     request_deserializer=lora__gateway_dot_v1_dot_training__pb2.DeleteJobRequest.FromString,
@@ -429,10 +477,13 @@ class Training(object):
 
     VALIDATING ─► QUEUED ─► PREPARING ─► RUNNING ─► FINALIZING ─► SUCCEEDED
     └──────────┴──────────┴───────────┴────────────┴──────► FAILED
+    PREPARING, RUNNING ─► PAUSING ─► PAUSED ─► QUEUED
+    PREPARING, RUNNING, PAUSING ─► RECOVERING ─► QUEUED
     each of them ─► CANCELLING ─► CANCELLED
 
     What a call answered survives a crash and a power cut. Training goes on when
-    the gateway ends, and is found again when it starts.
+    the gateway ends, and is found again when it starts. A training process that
+    dies is followed by another, from the newest checkpoint on.
 
     Errors are the RPC status, and `Job.error` for what ends a job later;
     `errors.proto` lists the reasons of both.
@@ -752,6 +803,60 @@ class Training(object):
             '/lora_gateway.v1.Training/CancelJob',
             lora__gateway_dot_v1_dot_training__pb2.CancelJobRequest.SerializeToString,
             lora__gateway_dot_v1_dot_training__pb2.CancelJobResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PauseJob(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lora_gateway.v1.Training/PauseJob',
+            lora__gateway_dot_v1_dot_training__pb2.PauseJobRequest.SerializeToString,
+            lora__gateway_dot_v1_dot_training__pb2.PauseJobResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ResumeJob(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lora_gateway.v1.Training/ResumeJob',
+            lora__gateway_dot_v1_dot_training__pb2.ResumeJobRequest.SerializeToString,
+            lora__gateway_dot_v1_dot_training__pb2.ResumeJobResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -217,6 +217,38 @@ _TrainingCancelJobType = typing_extensions.TypeVar(
     ],
 )
 
+_TrainingPauseJobType = typing_extensions.TypeVar(
+    '_TrainingPauseJobType',
+    grpc.UnaryUnaryMultiCallable[
+        lora_gateway.v1.training_pb2.PauseJobRequest,
+        lora_gateway.v1.training_pb2.PauseJobResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        lora_gateway.v1.training_pb2.PauseJobRequest,
+        lora_gateway.v1.training_pb2.PauseJobResponse,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        lora_gateway.v1.training_pb2.PauseJobRequest,
+        lora_gateway.v1.training_pb2.PauseJobResponse,
+    ],
+)
+
+_TrainingResumeJobType = typing_extensions.TypeVar(
+    '_TrainingResumeJobType',
+    grpc.UnaryUnaryMultiCallable[
+        lora_gateway.v1.training_pb2.ResumeJobRequest,
+        lora_gateway.v1.training_pb2.ResumeJobResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        lora_gateway.v1.training_pb2.ResumeJobRequest,
+        lora_gateway.v1.training_pb2.ResumeJobResponse,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        lora_gateway.v1.training_pb2.ResumeJobRequest,
+        lora_gateway.v1.training_pb2.ResumeJobResponse,
+    ],
+)
+
 _TrainingDeleteJobType = typing_extensions.TypeVar(
     '_TrainingDeleteJobType',
     grpc.UnaryUnaryMultiCallable[
@@ -313,7 +345,7 @@ _TrainingGetCapabilitiesType = typing_extensions.TypeVar(
     ],
 )
 
-class TrainingStub(typing.Generic[_TrainingUploadDatasetType, _TrainingQueryUploadType, _TrainingValidateDatasetType, _TrainingPreviewTokensType, _TrainingGetDatasetType, _TrainingListDatasetsType, _TrainingDeleteDatasetType, _TrainingCreateJobType, _TrainingEstimateJobType, _TrainingGetJobType, _TrainingListJobsType, _TrainingCancelJobType, _TrainingDeleteJobType, _TrainingWatchJobType, _TrainingGetJobLogsType, _TrainingListCheckpointsType, _TrainingPublishCheckpointType, _TrainingGetCapabilitiesType]):
+class TrainingStub(typing.Generic[_TrainingUploadDatasetType, _TrainingQueryUploadType, _TrainingValidateDatasetType, _TrainingPreviewTokensType, _TrainingGetDatasetType, _TrainingListDatasetsType, _TrainingDeleteDatasetType, _TrainingCreateJobType, _TrainingEstimateJobType, _TrainingGetJobType, _TrainingListJobsType, _TrainingCancelJobType, _TrainingPauseJobType, _TrainingResumeJobType, _TrainingDeleteJobType, _TrainingWatchJobType, _TrainingGetJobLogsType, _TrainingListCheckpointsType, _TrainingPublishCheckpointType, _TrainingGetCapabilitiesType]):
     """Training turns a dataset into an adapter version that answers requests: QLoRA
     in a process of its own, progress as a stream of events, and a gate in the
     running gateway before anything is published.
@@ -323,10 +355,13 @@ class TrainingStub(typing.Generic[_TrainingUploadDatasetType, _TrainingQueryUplo
 
         VALIDATING ─► QUEUED ─► PREPARING ─► RUNNING ─► FINALIZING ─► SUCCEEDED
              └──────────┴──────────┴───────────┴────────────┴──────► FAILED
+        PREPARING, RUNNING ─► PAUSING ─► PAUSED ─► QUEUED
+        PREPARING, RUNNING, PAUSING ─► RECOVERING ─► QUEUED
         each of them ─► CANCELLING ─► CANCELLED
 
     What a call answered survives a crash and a power cut. Training goes on when
-    the gateway ends, and is found again when it starts.
+    the gateway ends, and is found again when it starts. A training process that
+    dies is followed by another, from the newest checkpoint on.
 
     Errors are the RPC status, and `Job.error` for what ends a job later;
     `errors.proto` lists the reasons of both.
@@ -381,6 +416,14 @@ class TrainingStub(typing.Generic[_TrainingUploadDatasetType, _TrainingQueryUplo
         grpc.UnaryUnaryMultiCallable[
             lora_gateway.v1.training_pb2.CancelJobRequest,
             lora_gateway.v1.training_pb2.CancelJobResponse,
+        ],
+        grpc.UnaryUnaryMultiCallable[
+            lora_gateway.v1.training_pb2.PauseJobRequest,
+            lora_gateway.v1.training_pb2.PauseJobResponse,
+        ],
+        grpc.UnaryUnaryMultiCallable[
+            lora_gateway.v1.training_pb2.ResumeJobRequest,
+            lora_gateway.v1.training_pb2.ResumeJobResponse,
         ],
         grpc.UnaryUnaryMultiCallable[
             lora_gateway.v1.training_pb2.DeleteJobRequest,
@@ -457,6 +500,14 @@ class TrainingStub(typing.Generic[_TrainingUploadDatasetType, _TrainingQueryUplo
         grpc.aio.UnaryUnaryMultiCallable[
             lora_gateway.v1.training_pb2.CancelJobRequest,
             lora_gateway.v1.training_pb2.CancelJobResponse,
+        ],
+        grpc.aio.UnaryUnaryMultiCallable[
+            lora_gateway.v1.training_pb2.PauseJobRequest,
+            lora_gateway.v1.training_pb2.PauseJobResponse,
+        ],
+        grpc.aio.UnaryUnaryMultiCallable[
+            lora_gateway.v1.training_pb2.ResumeJobRequest,
+            lora_gateway.v1.training_pb2.ResumeJobResponse,
         ],
         grpc.aio.UnaryUnaryMultiCallable[
             lora_gateway.v1.training_pb2.DeleteJobRequest,
@@ -545,6 +596,22 @@ class TrainingStub(typing.Generic[_TrainingUploadDatasetType, _TrainingQueryUplo
     a step had run. Cancelling a job that has ended changes nothing.
     """
 
+    PauseJob: _TrainingPauseJobType
+    """PauseJob asks a job to save, to leave its device and to wait. A job that
+    trains is PAUSING when this answers, and PAUSED within its `cancel_grace` and
+    ten seconds; one that waits (QUEUED, RECOVERING) is PAUSED at once, and one
+    that is VALIDATING once it would be QUEUED. Pausing a job that is to be paused
+    already changes nothing. One whose adapter is saved, or that is to end or has
+    ended, is refused (JOB_NOT_PAUSABLE).
+    """
+
+    ResumeJob: _TrainingResumeJobType
+    """ResumeJob queues a paused job again; it goes on from its newest checkpoint
+    that is whole. One that is PAUSING is queued once it is PAUSED. Resuming a job
+    that is not to be paused changes nothing. One that is to end or has ended is
+    refused (JOB_NOT_RESUMABLE).
+    """
+
     DeleteJob: _TrainingDeleteJobType
     """DeleteJob deletes a job that has ended, with its events, logs and
     checkpoints. Versions that it published stay.
@@ -630,6 +697,14 @@ TrainingAsyncStub: typing_extensions.TypeAlias = TrainingStub[
         lora_gateway.v1.training_pb2.CancelJobResponse,
     ],
     grpc.aio.UnaryUnaryMultiCallable[
+        lora_gateway.v1.training_pb2.PauseJobRequest,
+        lora_gateway.v1.training_pb2.PauseJobResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        lora_gateway.v1.training_pb2.ResumeJobRequest,
+        lora_gateway.v1.training_pb2.ResumeJobResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
         lora_gateway.v1.training_pb2.DeleteJobRequest,
         lora_gateway.v1.training_pb2.DeleteJobResponse,
     ],
@@ -665,10 +740,13 @@ class TrainingServicer(metaclass=abc.ABCMeta):
 
         VALIDATING ─► QUEUED ─► PREPARING ─► RUNNING ─► FINALIZING ─► SUCCEEDED
              └──────────┴──────────┴───────────┴────────────┴──────► FAILED
+        PREPARING, RUNNING ─► PAUSING ─► PAUSED ─► QUEUED
+        PREPARING, RUNNING, PAUSING ─► RECOVERING ─► QUEUED
         each of them ─► CANCELLING ─► CANCELLED
 
     What a call answered survives a crash and a power cut. Training goes on when
-    the gateway ends, and is found again when it starts.
+    the gateway ends, and is found again when it starts. A training process that
+    dies is followed by another, from the newest checkpoint on.
 
     Errors are the RPC status, and `Job.error` for what ends a job later;
     `errors.proto` lists the reasons of both.
@@ -793,6 +871,32 @@ class TrainingServicer(metaclass=abc.ABCMeta):
         """CancelJob asks a job to end. It is CANCELLING when this answers, and
         CANCELLED within its `cancel_grace` and ten seconds; a checkpoint is kept if
         a step had run. Cancelling a job that has ended changes nothing.
+        """
+
+    @abc.abstractmethod
+    def PauseJob(
+        self,
+        request: lora_gateway.v1.training_pb2.PauseJobRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[lora_gateway.v1.training_pb2.PauseJobResponse, collections.abc.Awaitable[lora_gateway.v1.training_pb2.PauseJobResponse]]:
+        """PauseJob asks a job to save, to leave its device and to wait. A job that
+        trains is PAUSING when this answers, and PAUSED within its `cancel_grace` and
+        ten seconds; one that waits (QUEUED, RECOVERING) is PAUSED at once, and one
+        that is VALIDATING once it would be QUEUED. Pausing a job that is to be paused
+        already changes nothing. One whose adapter is saved, or that is to end or has
+        ended, is refused (JOB_NOT_PAUSABLE).
+        """
+
+    @abc.abstractmethod
+    def ResumeJob(
+        self,
+        request: lora_gateway.v1.training_pb2.ResumeJobRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[lora_gateway.v1.training_pb2.ResumeJobResponse, collections.abc.Awaitable[lora_gateway.v1.training_pb2.ResumeJobResponse]]:
+        """ResumeJob queues a paused job again; it goes on from its newest checkpoint
+        that is whole. One that is PAUSING is queued once it is PAUSED. Resuming a job
+        that is not to be paused changes nothing. One that is to end or has ended is
+        refused (JOB_NOT_RESUMABLE).
         """
 
     @abc.abstractmethod
