@@ -19,7 +19,7 @@ STEPS = 30
 RUNS = Script(steps=STEPS, step_s=0.1, load_s=1.0, save_at=2, save_s=0.5)
 STALL_TIMEOUT_S = 5
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = [pytest.mark.timeout(900), pytest.mark.slow]  # three minutes
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
@@ -166,7 +166,6 @@ KILLED = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("moment", KILLED)
 async def test_kill_job_host_at_each_state(gateway: ScriptedGateway, moment: str) -> None:
     """Killed as soon as a watcher hears of the state."""

@@ -87,10 +87,9 @@ def weights(run: RunFolder) -> dict[str, Any]:
     return dict(load_file(last / "adapter" / "adapter_model.safetensors"))
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize(
-    "backend", [Backend.PEFT, pytest.param(Backend.UNSLOTH, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("backend", list(Backend))
 def test_resume_equals_an_unbroken_run(backend: Backend, tmp_path: Path) -> None:
     tiny = resolve_model("tiny", tmp_path / "models")
     rows = write_rows(tmp_path / "rows")
