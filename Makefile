@@ -169,8 +169,8 @@ format: $(DEV_READY) ## Format Python and proto files, and fix what ruff can
 	@$(BIN)/buf format --write
 
 .PHONY: test
-test: $(DEV_READY) ## The quick tests, real engines on the CPU among them, in two processes
-	@$(BIN)/python -m pytest -n 2 --no-loadscope-reorder $(ARGS)
+test: $(DEV_READY) ## The quick tests, real engines on the CPU among them
+	@$(BIN)/python -m pytest -m 'not slow and not gpu' $(ARGS)
 
 .PHONY: test-full
 test-full: $(DEV_READY) ## All tests; those on a GPU too where ACCEL finds one

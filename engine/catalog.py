@@ -58,9 +58,7 @@ ADOPT_SCHEME = "adopt:"
 """What request ids of adopted folders begin with."""
 GATEWAY = "gateway"
 """Actor of what the gateway does by itself."""
-INTERNAL_FINDING = (
-    "the gateway failed to check it, and logged why: tell the operator, and create it again"
-)
+INTERNAL_FINDING = "the gateway failed to check it, and logged why: tell the operator, and retry"
 
 
 class AdapterCatalog:
@@ -87,8 +85,8 @@ class AdapterCatalog:
         """Versions that are loaded and tried before they are READY."""
         self._work: dict[tuple[VersionKey, VersionState], asyncio.Task[Refusal]] = {}
         """Validations and deletions that run, by the state that they are to end."""
-        self._begun: set[asyncio.Task[Any]] = set()
-        """Steps that go on when their caller leaves."""
+        self._closing = False
+        self._begun: set[asyncio.Task[Any]] = set()  # steps that go on when their caller leaves
 
     @property
     def running(self) -> int:
@@ -124,6 +122,7 @@ class AdapterCatalog:
 
     async def close(self) -> None:
         """Stop what runs; the next start goes on with it."""
+        self._closing = True
         while self._work or self._begun:
             for task in self._work.values():
                 task.cancel()
@@ -326,10 +325,9 @@ class AdapterCatalog:
 
     async def load_on(self, key: VersionKey, shard: str) -> None:
         """Load a version on this shard. Raises AdapterLoadFailed, ShardUnavailable."""
-        residency = self._residencies.get(shard)
-        if residency is None:
+        if shard not in self._residencies:
             raise ShardUnavailable(shard)
-        await residency.ensure(key)
+        await self._residencies[shard].ensure(key)
 
     async def unload(self, key: VersionKey) -> None:
         """Take a version out of all shards, once nothing runs on it there."""
@@ -337,8 +335,7 @@ class AdapterCatalog:
 
     def places(self, key: VersionKey) -> dict[str, Place]:
         """Where a version is resident, by shard."""
-        found = {name: r.place(key) for name, r in self._residencies.items()}
-        return {name: place for name, place in found.items() if place is not None}
+        return {name: p for name, r in self._residencies.items() if (p := r.place(key)) is not None}
 
     async def find(self, key: VersionKey) -> ServedVersion:
         """The version with its verified files, to be loaded. Raises AdapterLoadFailed."""
@@ -370,6 +367,9 @@ class AdapterCatalog:
             return self._work[name]
         task = self._work[name] = asyncio.create_task(self._until_done(record, work))
         task.add_done_callback(lambda task: self._end_work(name, task))
+        if self._closing:  # by a change that `close` waits for: it would wait for requests
+            work.close()
+            task.cancel()
         return task
 
     async def _until_done(

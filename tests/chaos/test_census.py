@@ -14,7 +14,12 @@ from tests.chaos.census import Census
 
 SCRIPT = """
 import os, subprocess, sys
-child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+child = subprocess.Popen(
+    [sys.executable, "-c", "print(flush=True); import time; time.sleep(600)"],
+    stdout=subprocess.PIPE,
+)
+child.stdout.readline()
+child.stdout.close()
 print(child.pid, flush=True)
 sys.stdin.read()
 """

@@ -32,7 +32,7 @@ LONG = pb.Hyperparameters(
 )
 """Trains until it is killed."""
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.timeout(600), pytest.mark.slow]
 
 
 async def test_orphans_are_none_when_the_host_is_killed_and_the_next_start_finds_its_job(

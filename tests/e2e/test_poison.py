@@ -28,7 +28,7 @@ HOMES = homes(SERVED)
 BACK_S = 120.0
 """A load of the model on a busy machine."""
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.timeout(600), pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")

@@ -42,7 +42,7 @@ EXPLAINED = 50
 BUF = Path(sys.executable).with_name("buf")
 
 # The first one starts two engines, and one of them starts another.
-pytestmark = pytest.mark.timeout(400)
+pytestmark = [pytest.mark.timeout(400), pytest.mark.slow]
 
 
 @contextlib.asynccontextmanager

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import grpc
 import psutil
+import pytest
 
 from tests.details import error_info
 from tests.e2e.gateway_process import GatewayProcess
@@ -30,6 +31,8 @@ from tests.e2e.shard_calls import (
 
 BACK_S = 120.0
 """A load of the model on a busy machine."""
+
+pytestmark = pytest.mark.slow
 
 
 async def test_adapters_are_spread_over_the_shards_as_the_ring_says(two: GatewayProcess) -> None:

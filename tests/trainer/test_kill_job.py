@@ -57,6 +57,7 @@ async def test_kill_job_process(tmp_path: Path, state: JobState) -> None:
         assert (recovery_of(job).spent > 0) == lost, "what was to end anyway costs no attempt"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("state", KILL_POINTS, ids=lambda state: state.value)
 async def test_kill_job_host(tmp_path: Path, state: JobState) -> None:
     host = start_host(tmp_path, state)
