@@ -32,7 +32,8 @@ class Health(health_aio.HealthServicer):
     async def Watch(
         self, request: health_pb2.HealthCheckRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> None:
-        watching = asyncio.ensure_future(super().Watch(request, context))
+        whole: Any = _WholeWrites(context)
+        watching = asyncio.ensure_future(super().Watch(request, whole))
         draining = asyncio.ensure_future(self._draining.wait())
         try:
             await asyncio.wait({watching, draining}, return_when=asyncio.FIRST_COMPLETED)
@@ -40,6 +41,7 @@ class Health(health_aio.HealthServicer):
             for task in (watching, draining):
                 task.cancel()
             await asyncio.gather(watching, draining, return_exceptions=True)
+        await whole.ended()
         await context.write(health_pb2.HealthCheckResponse(status=NOT_SERVING))
 
     async def serving(self, serving: bool = True) -> None:
@@ -58,3 +60,21 @@ class Health(health_aio.HealthServicer):
         self._gracefully_shutting_down = True
         self._server_status.update(dict.fromkeys(self._services, NOT_SERVING))
         self._draining.set()
+
+
+class _WholeWrites:
+    """Writes that end though their writer is cancelled: after one that was cut off in the middle,
+    the next one never returned."""
+
+    def __init__(self, context: grpc.aio.ServicerContext[Any, Any]) -> None:
+        self._context = context
+        self._writing: asyncio.Future[None] | None = None
+
+    async def write(self, message: health_pb2.HealthCheckResponse) -> None:
+        self._writing = asyncio.ensure_future(self._context.write(message))
+        await asyncio.shield(self._writing)
+
+    async def ended(self) -> None:
+        """Wait until the last one has ended. Raises what it did."""
+        if self._writing is not None:
+            await self._writing
