@@ -10,20 +10,15 @@ under a request, and vLLM never reads one from disk in the middle of a step (ADR
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from engine.errors import AdapterLoadFailed, ShardUnavailable
+from engine.forgetting import until_forgotten
 from engine.generation import ServedVersion, VersionKey
 from engine.slot_holds import SlotHolds
-
-logger = logging.getLogger(__name__)
-
-CORE_POLL_S = 0.01
-"""Pause before the core is asked again whether it still knows a request that was aborted."""
 
 
 class Use(NamedTuple):
@@ -150,13 +145,7 @@ class Residents:
             settle()
 
     async def _settle(self, resident: Resident, left: Callable[[], None]) -> None:
-        """A request that was aborted here is known to the core until it has read the abort.
-        Asked through our own socket, the core answers after that."""
-        try:
-            while await self._in_core(resident.version.lora_int_id):  # noqa: ASYNC110  it tells no one
-                await asyncio.sleep(CORE_POLL_S)
-        except Exception as error:  # whatever it is, the host must not wait for ever
-            logger.warning("%s: the core does not answer: %s", resident.version.lora_name, error)
+        await until_forgotten(self._in_core, resident.version.lora_int_id)
         left()
 
     def uses(self) -> Mapping[VersionKey, Use]:

@@ -10,18 +10,13 @@ more, and given back when nothing of this process runs in it, here or in the cor
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
 
 from engine.errors import ShardUnavailable
+from engine.forgetting import until_forgotten
 from engine.generation import VersionKey
-
-logger = logging.getLogger(__name__)
-
-CORE_POLL_S = 0.01
-"""Pause before the core is asked again whether it still knows a request that was aborted."""
 
 
 @dataclass(slots=True, eq=False)
@@ -165,13 +160,7 @@ class SlotHolds:
             slot.asking = asyncio.create_task(self._until_forgotten(slot, slot.lora_int_id))
 
     async def _until_forgotten(self, slot: Slot, lora_int_id: int) -> None:
-        """A request that was aborted here is known to the core until it has read the abort.
-        Asked through our own socket, the core answers after that."""
-        try:
-            while await self._in_core(lora_int_id):  # noqa: ASYNC110  it tells no one
-                await asyncio.sleep(CORE_POLL_S)
-        except Exception as error:  # whatever it is, the host must not wait for ever
-            logger.warning("the core does not answer about adapter %d: %s", lora_int_id, error)
+        await until_forgotten(self._in_core, lora_int_id)
         slot.asking = None
         _answer(slot)
 

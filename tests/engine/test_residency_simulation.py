@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from engine import forgetting
 from engine import residency as residency_module
 from engine import residents as residents_module
 from engine.errors import AdapterLoadFailed
@@ -153,7 +154,7 @@ def test_everybody_is_answered_and_nothing_is_removed_under_a_request(
 ) -> None:
     monkeypatch.setattr(residency_module, "FAILURE_KEPT_S", 0.005)
     monkeypatch.setattr(residency_module, "SURVEY_INTERVAL_S", 0.005)
-    monkeypatch.setattr(residents_module, "CORE_POLL_S", 0.0005)
+    monkeypatch.setattr(forgetting, "CORE_POLL_S", 0.0005)
     loop = VirtualTimeLoop()
     clock = SimpleNamespace(monotonic=loop.time, time=loop.time)
     monkeypatch.setattr(residency_module, "time", clock)
