@@ -62,8 +62,8 @@ class EngineOptions:
     max_cpu_loras: int
     max_lora_rank: int
     otlp_endpoint: str | None = None
-    device_ids: Sequence[int] = ()
-    """GPUs of its own, over which it is spread; none on a CPU."""
+    devices: int = 1
+    """Over how many GPUs it is spread: the first that it sees. 1 on a CPU."""
 
     def build_config(self) -> VllmConfig:
         """The full vLLM configuration. Raises CoreFailed when vLLM refuses it."""
@@ -81,8 +81,7 @@ class EngineOptions:
             max_loras=self.max_loras,
             max_cpu_loras=self.max_cpu_loras,
             max_lora_rank=self.max_lora_rank,  # type: ignore[arg-type]  # one of vLLM's literals
-            device_ids=[*self.device_ids] or None,
-            tensor_parallel_size=len(self.device_ids) or 1,
+            tensor_parallel_size=self.devices,
             otlp_traces_endpoint=self.otlp_endpoint,
             use_tqdm_on_load=False,
             # vLLM's histograms begin at 0.3 s, too coarse for queue times.

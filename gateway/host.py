@@ -182,7 +182,7 @@ class Host:
             for number, name in enumerate(names)
         ]
         # On a CPU nothing is compiled: see `prepare_environment`.
-        self._supervisor = supervisor = Supervisor(keepers, compiles=bool(settings.device_ids(0)))
+        self._supervisor = supervisor = Supervisor(keepers, compiles=bool(settings.gpus(0)))
         reader.supervisor = supervisor
         await supervisor.start(config)
         endpoint.add(ShardGauges(settings.model, lambda: supervisor.shards))
@@ -304,7 +304,7 @@ def _engine_options(settings: Settings, model_path: Path, shard: int) -> EngineO
         max_cpu_loras=settings.max_cpu_loras,
         max_lora_rank=int(settings.max_lora_rank),
         otlp_endpoint=settings.otlp_endpoint,
-        device_ids=settings.device_ids(shard),
+        devices=settings.devices_per_shard,
     )
 
 

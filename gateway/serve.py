@@ -9,10 +9,10 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from gateway.log_lines import configure_logging
 from gateway.settings import (
     Settings,
     SettingsError,
-    configure_logging,
     prepare_environment,
     training_environment_base,
 )

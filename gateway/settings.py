@@ -8,7 +8,6 @@ found to `training_environment_base`.
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import re
 import sys
@@ -33,6 +32,7 @@ class SettingsError(Exception):
 
 
 AUTO, NO_DEVICE = "auto", "none"
+VISIBLE_GPUS = "CUDA_VISIBLE_DEVICES"
 """Of --training-devices, in place of devices."""
 
 PRICE = re.compile(r"([0-9]+(?:\.[0-9]+)?) ([A-Z]{3})")
@@ -240,6 +240,11 @@ class Settings(BaseSettings):
                 raise ValueError("--devices-per-shard is for GPUs; a CPU engine is one device")
             if self.shards > 1:
                 processors.shares(self.shards)
+        elif (gpus := len(_visible_gpus(needed := self.shards * self.devices_per_shard))) < needed:
+            raise ValueError(
+                f"--shards {self.shards} with --devices-per-shard {self.devices_per_shard} needs "
+                f"{needed} GPUs, and {VISIBLE_GPUS} names {gpus}: name more there"
+            )
         return self
 
     @property
@@ -247,24 +252,33 @@ class Settings(BaseSettings):
         """Of all shards. Adapters are placed by them, so they stay the same from start to start."""
         return [f"shard-{number}" for number in range(self.shards)]
 
-    def device_ids(self, shard: int) -> list[int]:
-        """The GPUs of a shard, by its number; none if the engine runs on the CPU."""
-        first = shard * self.devices_per_shard
-        gpus = range(first, first + self.devices_per_shard)
-        return [] if _engine_runs_on_cpu() else list(gpus)
+    def gpus(self, shard: int) -> list[str]:
+        """The GPUs of a shard, by its number: of those that this process may see, in their order;
+        none if the engine runs on the CPU."""
+        if _engine_runs_on_cpu():
+            return []
+        count = self.devices_per_shard
+        return _visible_gpus(self.shards * count)[shard * count :][:count]
 
     @contextlib.contextmanager
     def environment_of(self, shard: int) -> Iterator[None]:
-        """A core that is started inside runs on its own share of the processors.
+        """A core that is started inside runs on its own GPUs, or share of the processors.
 
-        vLLM takes that from the environment alone. One shard has what vLLM chooses, or what the
-        operator has set.
+        vLLM takes processors from the environment alone. One shard on a CPU has what vLLM chooses,
+        or what the operator has set. GPUs are named there too, and not by `device_ids`: what is
+        compiled on the first GPU is cached for all engines, and fails on any other unless each
+        engine sees its own as the first ("invalid argument", seen on two H200).
         """
-        if self.shards == 1 or not _engine_runs_on_cpu():
+        if gpus := self.gpus(shard):
+            name, value = VISIBLE_GPUS, ",".join(gpus)
+        elif self.shards > 1:
+            name = "VLLM_CPU_OMP_THREADS_BIND"
+            value = ",".join(map(str, processors.shares(self.shards)[shard]))
+        else:
             yield
             return
-        name, before = "VLLM_CPU_OMP_THREADS_BIND", os.environ.get("VLLM_CPU_OMP_THREADS_BIND")
-        os.environ[name] = ",".join(map(str, processors.shares(self.shards)[shard]))
+        before = os.environ.get(name)
+        os.environ[name] = value
         try:
             yield
         finally:
@@ -360,6 +374,14 @@ def _path_from(python: str, found: Mapping[str, str]) -> str:
     return f"{Path(python).parent}{os.pathsep}{found.get('PATH', '')}"
 
 
+def _visible_gpus(count: int) -> list[str]:
+    """The first GPUs that this process may see, at most so many; all that there may be if it is
+    not told."""
+    if (visible := os.environ.get(VISIBLE_GPUS)) is None:
+        return [str(gpu) for gpu in range(count)]
+    return [gpu.strip() for gpu in visible.split(",") if gpu.strip()][:count]
+
+
 def _engine_runs_on_cpu() -> bool:
     """Whether the CPU build of vLLM is the one that is installed."""
     try:
@@ -367,14 +389,3 @@ def _engine_runs_on_cpu() -> bool:
     except PackageNotFoundError:
         return False
     return True
-
-
-def configure_logging() -> None:
-    """One line per event on stderr, in host and workers alike."""
-    logging.basicConfig(
-        level=logging.WARNING, format="%(asctime)s %(levelname)s %(process)d %(name)s: %(message)s"
-    )
-    for package in ("gateway", "engine", "trainer", "store"):
-        logging.getLogger(package).setLevel(logging.INFO)
-    for library in ("vllm", "torch", "torch._library.triton", "torch.utils._pytree", "torchao"):
-        logging.getLogger(library).setLevel(logging.ERROR)

@@ -60,10 +60,10 @@ from gateway.channel import (
 )
 from gateway.explanation import explain
 from gateway.inference import Inference
+from gateway.log_lines import configure_logging
 from gateway.model_card import model_card
 from gateway.relay import Relay
 from gateway.server import ENDLESS_METHODS, HOST_PATHS, GatewayServer
-from gateway.settings import configure_logging
 from gateway.token_meter import TokenMeter
 from gateway.tracing import Tracing
 from gateway.wrap import Edge

@@ -115,7 +115,7 @@ def test_what_we_call_takes_what_we_pass(
                 *("model", "served_model_name", "dtype", "quantization", "max_model_len"),
                 *("max_num_seqs", "gpu_memory_utilization", "enable_lora", "max_loras"),
                 *("max_cpu_loras", "max_lora_rank", "otlp_traces_endpoint", "use_tqdm_on_load"),
-                *("custom_histogram_buckets", "device_ids", "tensor_parallel_size"),
+                *("custom_histogram_buckets", "tensor_parallel_size"),
             ],
         ),
     ],

@@ -10,7 +10,7 @@ from engine import processors
 from gateway import settings as settings_module
 from gateway.settings import Settings, SettingsError
 
-BINDING = "VLLM_CPU_OMP_THREADS_BIND"
+BINDING, GPUS = "VLLM_CPU_OMP_THREADS_BIND", "CUDA_VISIBLE_DEVICES"
 
 
 def refusal(*argv: str) -> str:
@@ -28,16 +28,36 @@ def test_each_shard_has_gpus_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None
     has_gpus(monkeypatch)
     settings = Settings(shards=3, devices_per_shard=2)
     assert settings.shard_names == ["shard-0", "shard-1", "shard-2"]
-    assert [settings.device_ids(shard) for shard in range(3)] == [[0, 1], [2, 3], [4, 5]]
+    monkeypatch.delenv(GPUS, raising=False)
+    assert [settings.gpus(shard) for shard in range(3)] == [["0", "1"], ["2", "3"], ["4", "5"]]
     with settings.environment_of(1):
+        assert os.environ[GPUS] == "2,3"
         assert BINDING not in os.environ
+    assert GPUS not in os.environ
+    monkeypatch.setenv(GPUS, "7, 6,GPU-5,4,3,2")
+    assert [settings.gpus(shard) for shard in range(3)] == [["7", "6"], ["GPU-5", "4"], ["3", "2"]]
+    with settings.environment_of(1):
+        assert os.environ[GPUS] == "GPU-5,4"
+    assert os.environ[GPUS] == "7, 6,GPU-5,4,3,2"
+
+
+@pytest.mark.parametrize(("visible", "named"), [("", 0), ("3", 1), ("3,4", 2)])
+def test_fewer_gpus_than_the_shards_need_are_refused(
+    monkeypatch: pytest.MonkeyPatch, visible: str, named: int
+) -> None:
+    has_gpus(monkeypatch)
+    monkeypatch.setenv(GPUS, visible)
+    assert refusal("--shards", "3") == (
+        "--shards 3 with --devices-per-shard 1 needs 3 GPUs, and CUDA_VISIBLE_DEVICES names "
+        f"{named}: name more there"
+    )
 
 
 def test_each_shard_on_a_cpu_has_processors_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     shares = [(0, 1), (2, 3)]
     monkeypatch.setattr(processors, "shares", lambda shards: shares)
     settings = Settings(shards=2)
-    assert settings.device_ids(1) == []
+    assert settings.gpus(1) == []
     for before in (None, "5"):
         if before is not None:
             monkeypatch.setenv(BINDING, before)
