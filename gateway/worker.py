@@ -142,6 +142,7 @@ class Worker:
             settings.default_unary_deadline_s,
             settings.default_stream_deadline_s,
             self._ended,
+            running=metrics.inflight.track_inprogress,
         )
         card = model_card(settings, orders.model, orders.fingerprints, self._admission.limit)
         self._labels = AdapterLabels(orders.named)
