@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-from collections import Counter
+import time
+from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
@@ -34,6 +35,7 @@ from gateway.channel import (
     Want,
     WentIdle,
 )
+from gateway.note import NOTES_KEPT, Note
 from gateway.worker_process import WorkerProcess, WorkerState
 
 logger = logging.getLogger(__name__)
@@ -97,6 +99,8 @@ class WorkerFleet:
         self._open = False
         """Whether workers may be put to work: not before the cores run."""
         self._draining = False
+        self.notes: deque[Note] = deque(maxlen=NOTES_KEPT)
+        """Deaths of workers, the newest last."""
 
     async def run(self) -> None:
         """Keep the fleet at its number until it is drained.
@@ -227,7 +231,9 @@ class WorkerFleet:
             self._forget(worker)
             return
         metrics.worker_deaths.inc()
-        logger.error("worker %d died while %s (exit code %s)", worker.pid, died_in.value, code)
+        text = f"worker {worker.pid} died while {died_in.value} (exit code {code})"
+        logger.error(text)
+        self.notes.append(Note(time.time(), text, is_trouble=True))
         assert self._tasks is not None
         self._dying.add(worker)
         self._tasks.create_task(self._clean_up(worker))
