@@ -106,6 +106,9 @@ class Settings(BaseSettings):
     engine_stall_timeout_s: float = Field(
         30.0, ge=1, le=3600, description="An engine that does not answer for so long is killed."
     )
+    worker_stall_timeout_s: float = Field(
+        30.0, ge=15, description="A worker that does not answer for so long is killed."
+    )
 
     training_devices: Annotated[list[str], NoDecode] = Field(
         default_factory=lambda: [AUTO],

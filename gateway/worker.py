@@ -27,6 +27,7 @@ from gateway.call import Call
 from gateway.channel import (
     Acquitted,
     Answer,
+    AreYouThere,
     Ask,
     Channel,
     Drain,
@@ -265,6 +266,8 @@ class Worker:
             case TellUses(shard):
                 residents = self._attachments.residents(shard)
                 self._channel.send(Answer(ticket, {} if residents is None else residents.uses()))
+            case AreYouThere():
+                self._channel.send(Answer(ticket))
             case Flush():
                 self._reporter.flush()
                 self._channel.send(Answer(ticket))
