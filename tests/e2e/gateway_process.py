@@ -89,7 +89,7 @@ class GatewayProcess:
 
     def metrics(self, name: str, **labels: str) -> list[float]:
         """Values of the samples called `name` that have these labels."""
-        with urllib.request.urlopen(self.metrics_url, timeout=10) as response:
+        with urllib.request.urlopen(self.metrics_url, timeout=30) as response:
             text = response.read().decode()
         return [
             sample.value
