@@ -150,7 +150,7 @@ async def test_turns_of_a_batch_are_shown_with_who_waits() -> None:
         held, returning, waiting, taken = await texts(tab, "#shards .turns li")
         assert held.startswith("sql@1 has its slot ") and returning.startswith("faq@2 gives it ")
         assert waiting.startswith("law@3 waits ")
-        assert taken == "2 of 2 slots taken · 1 wait for a turn"
+        assert taken == "2 of 2 slots taken · 1 waiting for a turn"
         assert await texts(tab, "#shards .waits b") == ["law@3"]
         shown["shards"] = (replace(SHARD, turns=(), turns_held=0),)
         await tab.wait_for("document.querySelectorAll('#shards .turns li').length === 1")
