@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sqlite3
 import sys
 import tempfile
@@ -24,8 +25,12 @@ def main(argv: Sequence[str]) -> int:
         settings = Settings.from_argv(argv)
     except SettingsError as error:
         return _refuse(error)
-    # Not in the state folder: the path of a socket must be short, and its folder ours alone.
-    with run_dir() as folder:
+    with contextlib.ExitStack() as owned:
+        # Not in the state folder: the path of a socket must be short, and its folder ours alone.
+        try:
+            folder = owned.enter_context(run_dir())
+        except OSError as error:
+            return _refuse(error)
         # The sockets by which `multiprocessing` hands descriptors on are to go with it as well.
         tempfile.tempdir = str(folder)
         # prometheus_client and vLLM read the environment when they are imported, so

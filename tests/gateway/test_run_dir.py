@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import socket
@@ -16,11 +17,13 @@ from uuid import uuid4
 import pytest
 
 from gateway import run_dir as module
+from gateway import serve
 from gateway.run_dir import LOCK_FILE, PREFIX, run_dir
 
 HOLDS = """
 import sys, tempfile, time
 from gateway import run_dir as module
+from gateway import serve
 tempfile.tempdir, module.MAX_SOCKET_PATH_BYTES = sys.argv[1], 4096
 with module.run_dir() as folder:
     (folder / "counter_1.db").write_text("1")
@@ -126,3 +129,15 @@ def test_sockets_fit_into_it_however_long_the_path_of_temporary_files_is(
         listener.bind(str(folder / str(uuid4())))
     assert not [*long.iterdir()]
     assert not folder.exists()
+
+
+def test_a_gateway_that_gets_none_says_so_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(**options: object) -> str:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/tmp/lora-gateway-x")
+
+    monkeypatch.setattr(tempfile, "mkdtemp", refuse)
+    assert serve.main(["--state-dir", str(tmp_path / "state")]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("gateway serve: ") and "No space left" in line
