@@ -14,6 +14,7 @@ that run, and never for new ones (ADR 0012).
 from __future__ import annotations
 
 import asyncio
+import enum
 import time
 from collections.abc import Awaitable, Callable, Container, Mapping
 from typing import NamedTuple, Protocol
@@ -49,6 +50,24 @@ class SlotHolders(Protocol):
         something is idle after that."""
 
 
+class TurnState(enum.Enum):
+    """How a version stands to the slots."""
+
+    HELD = "held"
+    RETURNING = "returning"
+    """Its slot is recalled; what runs in it goes on."""
+    WAITING = "waiting"
+
+
+class Turn(NamedTuple):
+    """One version that has a slot, or waits for one."""
+
+    key: VersionKey
+    state: TurnState
+    since_s: float
+    """When it got into that state, on the monotonic clock."""
+
+
 class _Recall(NamedTuple):
     """A slot on its way back."""
 
@@ -56,6 +75,15 @@ class _Recall(NamedTuple):
     """Ends when nothing runs in it."""
     gap: int
     """How many of its requests end before the last, and leave the batch emptier."""
+    since_s: float
+
+
+class _Wait(NamedTuple):
+    """A version that waits for a slot."""
+
+    since_s: float
+    processes: set[int]
+    """Where requests wait for it."""
 
 
 class AdapterSlots:
@@ -80,14 +108,28 @@ class AdapterSlots:
         """Of slots that are being given back."""
         self._abandoned: set[asyncio.Task[None]] = set()
         """Recalls of slots that were granted again meanwhile."""
-        self._waiting: dict[VersionKey, set[int]] = {}
-        """Processes in which requests wait, by version, in the order of arrival."""
+        self._waiting: dict[VersionKey, _Wait] = {}
+        """In the order of arrival."""
         self._changed = asyncio.Event()
 
     @property
     def granted(self) -> list[VersionKey]:
         """Who has a slot, for a process that joins."""
         return [*self._open]
+
+    @property
+    def capacity(self) -> int:
+        """How many slots there are."""
+        return self._capacity
+
+    @property
+    def turns(self) -> list[Turn]:
+        """Who has a slot, who gives one back, and who waits; of each, for longest first."""
+        return [
+            *(Turn(key, TurnState.HELD, since_s) for key, since_s in self._open.items()),
+            *(Turn(key, TurnState.RETURNING, r.since_s) for key, r in self._recalls.items()),
+            *(Turn(key, TurnState.WAITING, wait.since_s) for key, wait in self._waiting.items()),
+        ]
 
     @property
     def are_contended(self) -> bool:
@@ -107,7 +149,8 @@ class AdapterSlots:
         if not waits:
             self._give_up(key, process)
         elif key not in self._open:  # else the grant is on its way there
-            self._waiting.setdefault(key, set()).add(process)
+            wait = self._waiting.setdefault(key, _Wait(time.monotonic(), set()))
+            wait.processes.add(process)
             self._grant()
 
     def look(self) -> None:
@@ -182,7 +225,8 @@ class AdapterSlots:
         # From here on no process that joins is told of it, and whoever wants it waits.
         del self._open[key]
         returned = self._holders.recall(self._shard, key)
-        self._recalls[key] = _Recall(asyncio.create_task(self._take_back(key, returned)), gap)
+        task = asyncio.create_task(self._take_back(key, returned))
+        self._recalls[key] = _Recall(task, gap, time.monotonic())
 
     async def _take_back(self, key: VersionKey, returned: Awaitable[None]) -> None:
         await returned
@@ -206,9 +250,10 @@ class AdapterSlots:
         self._note_change()
 
     def _give_up(self, key: VersionKey, process: int) -> None:
-        processes = self._waiting.get(key, set())
-        processes.discard(process)
-        if key in self._waiting and not processes:
+        if (wait := self._waiting.get(key)) is None:
+            return
+        wait.processes.discard(process)
+        if not wait.processes:
             del self._waiting[key]
             self._grant()  # of those behind, the first may be one that is recalled
 

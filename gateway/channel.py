@@ -192,6 +192,11 @@ class Flush:
 
 
 @dataclass(frozen=True, slots=True)
+class AreYouThere:
+    """Question: answered at once."""
+
+
+@dataclass(frozen=True, slots=True)
 class ShardUp:
     """Question: the shard has a new core; attach to it. Answered once requests go there."""
 
@@ -221,6 +226,7 @@ Question = (
     | TellPlaced
     | Explain
     | Flush
+    | AreYouThere
 )
 
 

@@ -29,6 +29,7 @@ from gateway.cli_options import (
     TlsKey,
     errors_told,
 )
+from gateway.cli_quarantine import app as quarantine_app
 from gateway.cli_shards import app as shards_app
 from gateway.cli_training import app as training_app
 from gateway.terminal import as_json, enveloped, print_fields, print_text, summarize, tell
@@ -54,6 +55,7 @@ app.add_typer(training_app)  # without a name: its command stands beside those b
 app.add_typer(jobs_app, name="jobs")
 app.add_typer(datasets_app, name="datasets")
 app.add_typer(shards_app, name="shards")
+app.add_typer(quarantine_app, name="quarantine")
 
 _SAMPLING = "Sampling"
 

@@ -1,12 +1,12 @@
-"""What happened lately to adapters and shards, for the status page."""
+"""What happened lately to adapters, shards and workers, for the status page."""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from gateway.judgement import GUARD
-from gateway.keeper import ShardKeeper
+from gateway.note import Note
 from gateway.status import EventStatus
 from gateway.words import for_people
 from store.records import EventKind, EventRecord
@@ -29,7 +29,7 @@ _TROUBLE = frozenset({EventKind.VERSION_FAILED})
 
 
 class EventSight:
-    """Reads the trail of adapters as it grows, and what keepers noted of their shards."""
+    """Reads the trail of adapters as it grows, and what was noted of shards and workers."""
 
     def __init__(self) -> None:
         self._newest: deque[EventStatus] = deque(maxlen=EVENTS_SHOWN)
@@ -37,18 +37,18 @@ class EventSight:
         """Of the last event that was read; None: none was."""
 
     async def read(
-        self, registry: Registry | None, tenant: str, keepers: Iterable[ShardKeeper]
+        self, registry: Registry | None, tenant: str, notes: Mapping[str, Iterable[Note]]
     ) -> list[EventStatus]:
-        """What happened last, the newest first."""
+        """What happened last, the newest first. `notes` are of each subject, the newest last."""
         if registry is not None:
             await self._follow(registry, tenant)
-        notes = [
-            EventStatus(note.time_s, keeper.name, for_people(note.text), note.is_trouble)
-            for keeper in keepers
-            for note in reversed(keeper.notes)
+        noted = [
+            EventStatus(note.time_s, subject, for_people(note.text), note.is_trouble)
+            for subject, of_subject in notes.items()
+            for note in reversed([*of_subject])
         ]
         # Events of one transaction have one time, and stay as they are here: the last one first.
-        ordered = sorted([*reversed(self._newest), *notes], key=lambda event: -event.time_s)
+        ordered = sorted([*reversed(self._newest), *noted], key=lambda event: -event.time_s)
         return ordered[:EVENTS_SHOWN]
 
     async def _follow(self, registry: Registry, tenant: str) -> None:

@@ -144,6 +144,7 @@ class Host:
             lambda worker: self._after_death(worker, endpoint),
             lambda message: control.hear(message),
             pid_file.add,
+            settings.worker_stall_timeout_s,
         )
         self._control = control = ControlPlane(
             settings,

@@ -20,7 +20,7 @@ from collections import deque
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 from engine.core import (
     ClientSlot,
@@ -38,6 +38,7 @@ from engine.shard import VllmShard
 from gateway import metrics
 from gateway.inquest import inquest
 from gateway.keeper_state import TRANSITIONS, Cause, KeeperState
+from gateway.note import NOTES_KEPT, Note
 from gateway.restarts import Restarts
 
 logger = logging.getLogger(__name__)
@@ -54,18 +55,6 @@ class Death:
     """For people."""
     time_s: float
     """In seconds since the epoch."""
-
-
-class Note(NamedTuple):
-    """Something that happened to a shard, for people."""
-
-    time_s: float
-    """In seconds since the epoch."""
-    text: str
-    is_trouble: bool
-
-
-NOTES_KEPT = 8
 
 
 class Followers(Protocol):

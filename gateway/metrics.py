@@ -68,6 +68,9 @@ workers = Gauge(
     "gateway_workers", "Worker processes by state.", ["state"], multiprocess_mode="livemax"
 )
 worker_deaths = Counter("gateway_worker_deaths", "Workers that ended unasked.")
+worker_stalls = Counter(
+    "gateway_worker_stalls", "Workers of these that were killed because they did not answer."
+)
 client_slots_left = Gauge(
     "gateway_client_slots_left",
     "Fresh client slots of an engine core; each new worker takes one.",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
+import contextlib
 import sqlite3
 import sys
 import tempfile
@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from gateway.log_lines import configure_logging
+from gateway.run_dir import run_dir
 from gateway.settings import (
     Settings,
     SettingsError,
@@ -24,16 +25,19 @@ def main(argv: Sequence[str]) -> int:
         settings = Settings.from_argv(argv)
     except SettingsError as error:
         return _refuse(error)
-    # Not in the state folder: the path of a socket must be short, and its folder ours alone.
-    run_dir = Path(tempfile.mkdtemp(prefix="lora-gateway-"))
-    try:
+    with contextlib.ExitStack() as owned:
+        # Not in the state folder: the path of a socket must be short, and its folder ours alone.
+        try:
+            folder = owned.enter_context(run_dir())
+        except OSError as error:
+            return _refuse(error)
+        # The sockets by which `multiprocessing` hands descriptors on are to go with it as well.
+        tempfile.tempdir = str(folder)
         # prometheus_client and vLLM read the environment when they are imported, so
         # everything below is imported only now.
-        found = prepare_environment(settings, run_dir)
+        found = prepare_environment(settings, folder)
         configure_logging()
-        return _run(settings, run_dir, training_environment_base(settings, found))
-    finally:
-        shutil.rmtree(run_dir, ignore_errors=True)
+        return _run(settings, folder, training_environment_base(settings, found))
 
 
 def _run(settings: Settings, run_dir: Path, training_environment: Mapping[str, str]) -> int:

@@ -106,6 +106,9 @@ class Settings(BaseSettings):
     engine_stall_timeout_s: float = Field(
         30.0, ge=1, le=3600, description="An engine that does not answer for so long is killed."
     )
+    worker_stall_timeout_s: float = Field(
+        30.0, ge=15, description="A worker that does not answer for so long is killed."
+    )
 
     training_devices: Annotated[list[str], NoDecode] = Field(
         default_factory=lambda: [AUTO],
@@ -323,15 +326,17 @@ def _finding(location: Sequence[object], message: str) -> str:
     return flag + message.removeprefix("Value error, ")
 
 
-def prepare_environment(settings: Settings, metrics_dir: Path) -> dict[str, str]:
+def prepare_environment(settings: Settings, run_dir: Path) -> dict[str, str]:
     """Set what vLLM, transformers and prometheus_client read from the environment.
 
     Called once in the host, before any of them is imported; its children inherit it. What
-    an operator has set stays, but for the two that are needed for correctness. Returns the
-    environment as it was.
+    an operator has set stays, but for what correctness needs, and for what must go with the run
+    folder `run_dir`. Returns the environment as it was.
     """
     found = dict(os.environ)
-    os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(metrics_dir)
+    os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(run_dir)
+    # Sockets, some 130 for each core; vLLM leaves them where a process is killed.
+    os.environ["VLLM_RPC_BASE_PATH"] = str(run_dir)
     # The default is fork, which is not safe beside grpc's threads (ADR 0002).
     os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
     for name, value in {

@@ -10,11 +10,12 @@ from collections.abc import Collection, Iterable, Mapping
 from engine.generation import Load, VersionKey
 from engine.residency import Place, Residency
 from engine.residents import Use
+from engine.slots import AdapterSlots, Turn, TurnState
 from gateway.keeper import ShardKeeper
 from gateway.keeper_state import KeeperState
 from gateway.shard_gauges import load_of
 from gateway.sights import Sights
-from gateway.status import ResidentStatus, ShardStatus
+from gateway.status import ResidentStatus, ShardStatus, TurnStatus
 
 LOAD_TIMEOUT_S = 0.5
 """The page does not wait for a core that is in a long step, and tells that it does not answer."""
@@ -22,6 +23,8 @@ SHARDS_ASKED = 8
 """Of how many shards all workers are asked at once how they use it. With more, each has its turn:
 64 shards and 32 workers would be 2,048 questions a second."""
 RESIDENTS_SHOWN = 12
+TURNS_SHOWN = 12
+"""Of those who have slots and of those who wait, each."""
 DRAINED = "drained"
 """State of a shard that is up and takes no requests."""
 
@@ -43,11 +46,14 @@ class ShardSight:
         loads, _ = await asyncio.gather(
             asyncio.gather(*map(_load, keepers)), self._ask(residencies, sights)
         )
-        drained = frozenset[str]()
+        drained, slots = frozenset[str](), dict[str, AdapterSlots]()
         if sights is not None and sights.shards is not None:
-            drained = sights.shards.pool.drained
+            drained, slots = sights.shards.pool.drained, sights.shards.slots
         return [
-            self._status(keeper, load, residencies.get(keeper.name), keeper.name in drained)
+            self._status(
+                *(keeper, load, residencies.get(keeper.name), slots.get(keeper.name)),
+                keeper.name in drained,
+            )
             for keeper, load in zip(keepers, loads, strict=True)
         ]
 
@@ -65,10 +71,18 @@ class ShardSight:
         self._uses.update(zip(asked, answers, strict=True))
 
     def _status(
-        self, keeper: ShardKeeper, load: Load | None, residency: Residency | None, drained: bool
+        self,
+        keeper: ShardKeeper,
+        load: Load | None,
+        residency: Residency | None,
+        slots: AdapterSlots | None,
+        drained: bool,
     ) -> ShardStatus:
         places = [] if residency is None else residency.places()
         residents = _residents(places, self._uses.get(keeper.name, {}))
+        turns = [] if slots is None else slots.turns
+        held = [turn for turn in turns if turn.state is not TurnState.WAITING]
+        waiting = turns[len(held) :]
         return ShardStatus(
             name=keeper.name,
             state=DRAINED if drained and keeper.state is KeeperState.UP else keeper.state.value,
@@ -78,6 +92,10 @@ class ShardSight:
             answers=load is not None,
             **(load or Load(0, 0, 0, 0.0))._asdict(),
             slots_left=keeper.slots_left,
+            batch_slots=0 if slots is None else slots.capacity,
+            turns=[*map(_turn, [*held[:TURNS_SHOWN], *waiting[:TURNS_SHOWN]])],
+            turns_held=len(held),
+            turns_waiting=len(waiting),
             places=0 if residency is None else residency.capacity,
             resident_count=len(places),
             residents=residents[:RESIDENTS_SHOWN],
@@ -105,6 +123,11 @@ def _residents(places: Iterable[Place], uses: Mapping[VersionKey, Use]) -> list[
         statuses,
         key=lambda status: (-status.holds, -(status.last_use_time_s or 0.0), -status.load_time_s),
     )
+
+
+def _turn(turn: Turn) -> TurnStatus:
+    since_s = round(time.time() - time.monotonic() + turn.since_s, 1)
+    return TurnStatus(turn.key.adapter, turn.key.version, turn.state.value, since_s)
 
 
 def _reason(keeper: ShardKeeper) -> str:

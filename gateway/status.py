@@ -19,7 +19,8 @@ class Phase(enum.Enum):
     STARTING = "starting"
     SERVING = "serving"
     UNAVAILABLE = "unavailable"
-    """No shard is up; all calls of `Inference` fail."""
+    """No shard takes requests: none is up, or those that are, are drained. All calls of `Inference`
+    fail."""
     DRAINING = "draining"
 
 
@@ -35,6 +36,18 @@ class ResidentStatus:
     """Requests that run on it."""
     last_use_time_s: float | None
     """When one last began; None: none did."""
+
+
+@dataclass(frozen=True, slots=True)
+class TurnStatus:
+    """One version that has a slot of a shard's batch, or waits for one (ADR 12)."""
+
+    adapter: str
+    version: int
+    state: str
+    """A value of `engine.slots.TurnState`."""
+    since_s: float
+    """When it got into that state."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +73,15 @@ class ShardStatus:
     """0 to 1."""
     slots_left: int
     """Fresh client slots; each new worker takes one."""
+    batch_slots: int
+    """Versions that it computes with at once (`--max-loras`)."""
+    turns: Sequence[TurnStatus]
+    """Versions that have a slot, those that give theirs back, then those that wait, each the one
+    that does so for longest first."""
+    turns_held: int
+    """Of `turns` and beyond them, how many slots are taken, those on their way back among them."""
+    turns_waiting: int
+    """Likewise, how many versions wait."""
     places: int
     """Versions that it may have loaded."""
     resident_count: int

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib.metadata import version
 
 from gateway.adapter_sight import read_adapters
@@ -13,6 +13,7 @@ from gateway.event_sight import EventSight
 from gateway.job_sight import JobSight
 from gateway.keeper import ShardKeeper
 from gateway.keeper_state import KeeperState
+from gateway.note import Note
 from gateway.settings import Settings
 from gateway.shard_sight import ShardSight
 from gateway.status import Phase, ShardStatus, Status
@@ -44,8 +45,9 @@ class StatusReader:
             return Phase.DRAINING
         if fleet is None or not fleet.numbers.get(WorkerState.SERVING):
             return Phase.STARTING
-        up = any(keeper.state is KeeperState.UP for keeper in self._keepers())
-        return Phase.SERVING if up else Phase.UNAVAILABLE
+        sights = None if self.control is None else self.control.sights
+        is_open = sights is not None and sights.shards is not None and sights.shards.pool.is_open
+        return Phase.SERVING if is_open else Phase.UNAVAILABLE
 
     async def read(self) -> Status:
         """The gateway as it is now. Asks cores and workers, and reads the store."""
@@ -68,8 +70,13 @@ class StatusReader:
             adapter_count=0 if sights is None else len(sights.ledger.view.tenants.get(tenant, {})),
             jobs=jobs,
             active_job_count=active,
-            events=await self._events.read(registry, tenant, keepers),
+            events=await self._events.read(registry, tenant, self._notes()),
         )
+
+    def _notes(self) -> dict[str, Iterable[Note]]:
+        """What was noted of each shard, and of the workers."""
+        notes: dict[str, Iterable[Note]] = {keeper.name: keeper.notes for keeper in self._keepers()}
+        return notes if self.fleet is None else notes | {"workers": self.fleet.notes}
 
     def _keepers(self) -> Sequence[ShardKeeper]:
         return [] if self.supervisor is None else list(self.supervisor.keepers)
@@ -89,6 +96,10 @@ class StatusReader:
                 deferred=0,
                 kv_cache_usage=0.0,
                 slots_left=0,
+                batch_slots=0,
+                turns=(),
+                turns_held=0,
+                turns_waiting=0,
                 places=0,
                 resident_count=0,
                 residents=(),

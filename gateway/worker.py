@@ -27,6 +27,7 @@ from gateway.call import Call
 from gateway.channel import (
     Acquitted,
     Answer,
+    AreYouThere,
     Ask,
     Channel,
     Drain,
@@ -142,6 +143,7 @@ class Worker:
             settings.default_unary_deadline_s,
             settings.default_stream_deadline_s,
             self._ended,
+            running=metrics.inflight.track_inprogress,
         )
         card = model_card(settings, orders.model, orders.fingerprints, self._admission.limit)
         self._labels = AdapterLabels(orders.named)
@@ -264,6 +266,8 @@ class Worker:
             case TellUses(shard):
                 residents = self._attachments.residents(shard)
                 self._channel.send(Answer(ticket, {} if residents is None else residents.uses()))
+            case AreYouThere():
+                self._channel.send(Answer(ticket))
             case Flush():
                 self._reporter.flush()
                 self._channel.send(Answer(ticket))

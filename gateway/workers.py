@@ -1,7 +1,8 @@
 """The worker processes of a host: started, kept at their number, drained.
 
 One more than needed waits as a standby with its imports done; it takes a dead worker's
-place in milliseconds, on fresh client slots, and the next standby starts.
+place in milliseconds, on fresh client slots, and the next standby starts. A worker that hangs is
+killed: it is asked all the time whether it is there.
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-from collections import Counter
+import time
+from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
@@ -19,6 +21,7 @@ from gateway import metrics
 from gateway.channel import (
     Acquitted,
     Answer,
+    AreYouThere,
     Ask,
     Drain,
     Ended,
@@ -34,12 +37,17 @@ from gateway.channel import (
     Want,
     WentIdle,
 )
+from gateway.note import NOTES_KEPT, Note
+from gateway.silence import until_silent
 from gateway.worker_process import WorkerProcess, WorkerState
 
 logger = logging.getLogger(__name__)
 
 RETRY_DELAY_S = 5.0
 """Pause after a replacement could not serve, before the next is tried."""
+ATTACH_TIMEOUT_S = 120.0
+"""How much longer than its limit a worker may take for its first answer: before that it attaches,
+and waits for each core in its event loop, 10 s for one that has just died (ADR 10)."""
 EXIT_TIMEOUT_S = 20.0
 """How long a worker gets to exit after its grace before it is killed."""
 
@@ -78,15 +86,20 @@ class WorkerFleet:
         after_death: Callable[[WorkerProcess], Awaitable[None]],
         hear: Callable[[Unasked], None],
         started: Started = ignore,
+        stall_timeout_s: float = 30.0,
     ) -> None:
         """`make_orders` is asked for each worker that is put to work, and takes fresh slots;
         it may raise SlotsUsedUp. `after_death` cleans up after one that died. `hear` is told
-        what workers say unasked, and `started` of each that is started."""
+        what workers say unasked, and `started` of each that is started. One that does not answer
+        for `stall_timeout_s` is killed."""
         self._count = count
         self._make_orders = make_orders
         self._after_death = after_death
         self._hear = hear
         self._started = started
+        self._stall_timeout_s = stall_timeout_s
+        self._watches: dict[WorkerProcess, asyncio.Task[None]] = {}
+        """Of those at work: each ends when its worker hangs, or is gone."""
         self._dying: set[WorkerProcess] = set()
         """Dead, and what they left in the cores is not aborted yet."""
         self._questions: dict[int, _Question] = {}
@@ -97,6 +110,8 @@ class WorkerFleet:
         self._open = False
         """Whether workers may be put to work: not before the cores run."""
         self._draining = False
+        self.notes: deque[Note] = deque(maxlen=NOTES_KEPT)
+        """Deaths of workers, the newest last."""
 
     async def run(self) -> None:
         """Keep the fleet at its number until it is drained.
@@ -163,6 +178,12 @@ class WorkerFleet:
             worker.channel.send(Ask(ticket, question_for(worker)))
         return self._answers(ticket, timeout_s)
 
+    def _is_there(self, worker: WorkerProcess) -> Awaitable[list[Any]]:
+        ticket = next(self._tickets)
+        self._questions[ticket] = _Question({worker})
+        worker.channel.send(Ask(ticket, AreYouThere()))
+        return self._answers(ticket, None)
+
     async def _answers(self, ticket: int, timeout_s: float | None) -> list[Any]:
         question = self._questions[ticket]
         try:
@@ -222,12 +243,16 @@ class WorkerFleet:
             died_in, code = worker.state, worker.reap()
             worker.move(WorkerState.ENDED)
             self._workers.discard(worker)
+            if (watch := self._watches.pop(worker, None)) is not None:
+                watch.cancel()
             self._note_change()
         if self._draining:
             self._forget(worker)
             return
         metrics.worker_deaths.inc()
-        logger.error("worker %d died while %s (exit code %s)", worker.pid, died_in.value, code)
+        text = f"worker {worker.pid} died while {died_in.value} (exit code {code})"
+        logger.error(text)
+        self.notes.append(Note(time.time(), text, is_trouble=True))
         assert self._tasks is not None
         self._dying.add(worker)
         self._tasks.create_task(self._clean_up(worker))
@@ -236,6 +261,16 @@ class WorkerFleet:
                 raise WorkerFailed(worker.failure or f"worker ended while {died_in.value}")
             await asyncio.sleep(RETRY_DELAY_S)  # what stopped it may stop the next as well
         self._assign()
+
+    async def _watch(self, worker: WorkerProcess) -> None:
+        """End a worker that hangs: its callers get nothing, and others wait for what it holds."""
+        limit_s = self._stall_timeout_s
+        await until_silent(lambda: self._is_there(worker), limit_s, limit_s + ATTACH_TIMEOUT_S)
+        text = f"worker {worker.pid} has not answered for {limit_s:g} s: killed"
+        logger.error(text)
+        self.notes.append(Note(time.time(), text, is_trouble=True))
+        metrics.worker_stalls.inc()
+        worker.kill()
 
     async def _clean_up(self, worker: WorkerProcess) -> None:
         try:
@@ -296,6 +331,8 @@ class WorkerFleet:
         worker.slots = list(orders.slots)
         worker.channel.send(orders)
         worker.move(WorkerState.ATTACHING)
+        assert self._tasks is not None
+        self._watches[worker] = self._tasks.create_task(self._watch(worker))
         return True
 
     def _number(self, state: WorkerState) -> int:

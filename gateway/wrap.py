@@ -15,6 +15,7 @@ import contextlib
 import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -58,6 +59,8 @@ class Edge:
     """Who calls."""
     patient: frozenset[str] = frozenset()
     """Methods without a default deadline: they take as long as what they wait for."""
+    running: Callable[[], AbstractContextManager[object]] = contextlib.nullcontext
+    """Entered while a call runs."""
 
     def deadline_s(self, method: str, *, streams: bool) -> float | None:
         """Default deadline of a method, in seconds."""
@@ -177,7 +180,8 @@ async def open_call(
     set_current_call(call)
     span = edge.tracing.start(call, context.invocation_metadata() or ())
     code = "OK"
-    metrics.inflight.inc()
+    running = contextlib.ExitStack()
+    running.enter_context(edge.running())
     try:
         # grpc ends the call itself when a client's deadline passes; ours is for those without.
         own_deadline_s = default_deadline_s if context.time_remaining() is None else None
@@ -210,7 +214,7 @@ async def open_call(
         code = code_pb2.Code.Name(status.code)
         await _abort(context, call, status, error)
     finally:
-        metrics.inflight.dec()
+        running.close()
         edge.ended(call, code, time.monotonic())
         edge.tracing.end(span, call, code)
 

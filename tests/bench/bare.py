@@ -10,15 +10,14 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import sys
-import tempfile
 import uuid
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gateway.run_dir import run_dir
 from gateway.settings import Settings, prepare_environment
 from tests.bench.side import serve_side, take_stdout
 from tests.bench.workload import ADAPTER, Stream, Workload
@@ -34,8 +33,12 @@ def main() -> None:
     answer = take_stdout()
     state_dir, adapter_dir, *flags = sys.argv[1:]
     settings = Settings.from_argv([*flags, "--state-dir", state_dir])
-    metrics_dir = Path(tempfile.mkdtemp(prefix="bench-metrics-"))
-    prepare_environment(settings, metrics_dir)
+    with run_dir() as folder:
+        prepare_environment(settings, folder)
+        _serve(settings, adapter_dir, answer)
+
+
+def _serve(settings: Settings, adapter_dir: str, answer: Callable[[Any], None]) -> None:
     import uvloop
 
     from engine.models import resolve_model
@@ -44,10 +47,7 @@ def main() -> None:
     model_path = resolve_model(settings.model, settings.state_dir)
     write_tiny_adapter(Path(adapter_dir), model_path, seed=1, rank=ADAPTER_RANK)
     options = engine_options(settings, model_path)
-    try:
-        uvloop.run(_run(options, adapter_dir, answer))
-    finally:
-        shutil.rmtree(metrics_dir, ignore_errors=True)
+    uvloop.run(_run(options, adapter_dir, answer))
 
 
 def engine_options(settings: Settings, model_path: Path) -> EngineOptions:

@@ -137,7 +137,12 @@ class FakeAdmin(AdminServicer):
         self, request: pb.LiftQuarantineRequest, context: Context
     ) -> pb.LiftQuarantineResponse:
         await self._begin(request, context)
-        return pb.LiftQuarantineResponse(lifted=request.HasField("fingerprint"))
+        named = request.version
+        lifted = request.fingerprint in {held.fingerprint for held in self.quarantine.requests} or (
+            (named.tenant or "default", named.adapter, named.version)
+            in {(held.tenant, held.adapter, held.version) for held in self.quarantine.versions}
+        )
+        return pb.LiftQuarantineResponse(lifted=lifted)
 
     async def _begin(self, request: object, context: Context) -> None:
         self.asked.append(request)

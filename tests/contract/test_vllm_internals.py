@@ -49,6 +49,7 @@ from vllm.v1.request import Request
 
 from engine import core_plugin
 from engine.sampling import MAX_BAD_WORDS_BYTES, MAX_ENTRIES
+from gateway.run_dir import LONGEST_NAME_BYTES
 
 CALLS: list[tuple[Callable[..., Any], list[str]]] = [
     (bind_engine_zmq_listeners, ["vllm_config", "num_api_servers"]),
@@ -241,6 +242,22 @@ def test_the_environment_says_where_a_cpu_engine_runs_and_how_long_a_client_wait
     binding = inspect.getsource(OMPProcessManager._parse_omp_threads_bind_env)
     assert "envs.VLLM_CPU_OMP_THREADS_BIND" in binding and 'split("|")' in binding
     assert "VLLM_ENGINE_READY_TIMEOUT_S * 1000" in inspect.getsource(core_client.MPClient.__init__)
+
+
+def test_all_sockets_are_made_in_the_folder_that_the_environment_names(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from vllm.utils import network_utils
+
+    monkeypatch.setenv("VLLM_RPC_BASE_PATH", str(tmp_path))
+    address = network_utils.get_open_zmq_ipc_path()
+    assert address.startswith(f"ipc://{tmp_path}/")
+    assert len(address.rpartition("/")[2]) == LONGEST_NAME_BYTES
+    # Nobody makes an address otherwise.
+    package = Path(vllm.__file__).parent
+    for folder in ("v1/engine", "v1/executor", "distributed/device_communicators"):
+        for source in (package / folder).glob("*.py"):
+            assert 'f"ipc://' not in source.read_text(), source
 
 
 def test_our_limits_stay_within_those_that_end_vllms_gpu_runner() -> None:

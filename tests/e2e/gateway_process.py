@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,6 +16,8 @@ from pathlib import Path
 
 import psutil
 from prometheus_client.parser import text_string_to_metric_families
+
+from gateway.run_dir import LOCK_FILE, PREFIX, sweep
 
 START_TIMEOUT_S = 240.0
 """Three imports of vLLM, one after the other, on two busy cores."""
@@ -72,6 +75,13 @@ class GatewayProcess:
         host = psutil.Process(self.process.pid)
         return [host, *host.children(recursive=True)]
 
+    @property
+    def run_dir(self) -> Path:
+        """Its run folder, by the lock that it holds there."""
+        files = psutil.Process(self.process.pid).open_files()
+        locks = [Path(file.path) for file in files if Path(file.path).name == LOCK_FILE]
+        return next(lock.parent for lock in locks if lock.parent.name.startswith(PREFIX))
+
     def serving_workers(self) -> list[int]:
         """Pids of the workers that serve, in the order in which they began to."""
         pids = [int(pid) for pid in re.findall(r"worker (\d+) is serving", self.log)]
@@ -79,7 +89,7 @@ class GatewayProcess:
 
     def metrics(self, name: str, **labels: str) -> list[float]:
         """Values of the samples called `name` that have these labels."""
-        with urllib.request.urlopen(self.metrics_url, timeout=10) as response:
+        with urllib.request.urlopen(self.metrics_url, timeout=30) as response:
             text = response.read().decode()
         return [
             sample.value
@@ -107,6 +117,7 @@ class GatewayProcess:
                     process.kill()
         self.process.wait()
         self._output.close()
+        sweep(Path(tempfile.gettempdir()))  # as the next start would
 
 
 @contextlib.contextmanager

@@ -33,7 +33,7 @@ def homes(adapters: Iterable[str]) -> dict[str, str]:
 
 
 async def ask(
-    address: str, adapter: str = "", *, max_tokens: int = 8, timeout_s: float = 60.0
+    address: str, adapter: str = "", *, max_tokens: int = 8, timeout_s: float = 120.0
 ) -> pb.GenerateResponse:
     """One greedy answer."""
     request = pb.GenerateRequest(
@@ -82,7 +82,7 @@ class Stream:
         try:
             async with grpc.aio.insecure_channel(self._address, options=OPTIONS) as channel:
                 async for event in InferenceStub(channel).GenerateStream(
-                    self._request, timeout=240
+                    self._request, timeout=480
                 ):
                     now_s = time.monotonic()
                     if kind is not None:

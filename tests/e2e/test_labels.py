@@ -16,10 +16,10 @@ from tests.e2e.gateway_process import GatewayProcess, gateway_process
 from tests.e2e.shard_calls import ask, ask_often
 
 # A minute, most of it for an engine that starts.
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.timeout(500), pytest.mark.slow]
 
 CALLED, RARE = adapter_name(0), adapter_name(1)
-NAMED_S = 60.0
+NAMED_S = 120.0
 CALLS = 16
 """At once, each on a connection of its own: both workers get some."""
 
@@ -65,7 +65,7 @@ async def test_names_are_given_by_traffic_and_kept_by_workers_that_come_later(
     first, *others = crowded.serving_workers()
     psutil.Process(first).send_signal(signal.SIGKILL)
     await asyncio.to_thread(
-        crowded.wait_log, r"worker \d+ is serving", 120.0, count=2 + len(others)
+        crowded.wait_log, r"worker \d+ is serving", NAMED_S, count=2 + len(others)
     )
     before = counted(crowded)
     await ask_often(crowded.address, CALLED, CALLS)

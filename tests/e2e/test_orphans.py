@@ -16,6 +16,7 @@ import grpc
 import psutil
 import pytest
 
+from engine.core import CLIENT_SLOTS
 from gateway.pid_file import FILE, Entries, Entry, PidFile
 from lora_gateway.v1 import training_pb2 as pb
 from lora_gateway.v1.training_pb2_grpc import TrainingStub
@@ -55,10 +56,15 @@ async def test_orphans_are_none_when_the_host_is_killed_and_the_next_start_finds
                 assert {entry.what for entry in recorded(tmp_path)} == {
                     *("worker", "core of shard-0", "core of shard-1")
                 }
+                left_dir = gateway.run_dir
+                sockets = sum(map(Path.is_socket, left_dir.iterdir()))
+                assert sockets > 2 * 2 * CLIENT_SLOTS, "those of both cores are in it"
+                assert [*left_dir.glob("pymp-*")], "so is that by which descriptors are handed on"
                 # This one can see nothing any more.
                 core_of(gateway, "shard-1").send_signal(signal.SIGSTOP)
                 took_s = killed(gateway, [one for one in family if one not in trainers])
                 await asyncio.gather(reading, return_exceptions=True)
+                assert left_dir.exists(), "nobody was left to remove it"
             print(
                 f"{len(family) - len(trainers)} processes were gone {took_s:.2f} s after the host"
             )

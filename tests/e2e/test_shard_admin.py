@@ -33,7 +33,7 @@ from tests.e2e.shard_calls import (
 )
 
 VICTIM, OTHER = "shard-1", "shard-0"
-BACK_S = 120.0
+BACK_S = 240.0
 """A load of the model on a busy machine."""
 ADMIN_S = 60.0
 """For loads of adapters, between the steps of many streams."""
@@ -42,7 +42,7 @@ EXPLAINED = 50
 BUF = Path(sys.executable).with_name("buf")
 
 # The first one starts two engines, and one of them starts another.
-pytestmark = [pytest.mark.timeout(400), pytest.mark.slow]
+pytestmark = [pytest.mark.timeout(600), pytest.mark.slow]
 
 
 @contextlib.asynccontextmanager

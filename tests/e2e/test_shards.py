@@ -29,10 +29,12 @@ from tests.e2e.shard_calls import (
     until_up,
 )
 
-BACK_S = 120.0
+BACK_S = 240.0
 """A load of the model on a busy machine."""
+CALL_S = 400.0
+"""For an answer of 1,500 tokens, begun anew on the other shard, on a busy machine."""
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.timeout(600), pytest.mark.slow]
 
 
 async def test_adapters_are_spread_over_the_shards_as_the_ring_says(two: GatewayProcess) -> None:
@@ -88,11 +90,11 @@ async def test_supervisor_replaces_a_core_that_is_killed_under_load(two: Gateway
     homes_of = homes(SPREAD)
     # First of all, so that each is at home, and long: a unary call has no token before its end.
     waiting = [
-        asyncio.create_task(ask(two.address, adapter, max_tokens=1500, timeout_s=200))
+        asyncio.create_task(ask(two.address, adapter, max_tokens=1500, timeout_s=CALL_S))
         for adapter, home in homes_of.items()
         if home == victim
     ]
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(120):
         while two.metrics("vllm:num_requests_running", shard=victim) != [len(waiting)]:
             await asyncio.sleep(0.05)
     streams = [
@@ -125,7 +127,7 @@ async def test_supervisor_replaces_a_core_that_is_killed_under_load(two: Gateway
         info = error_info(stream.error)
         assert (info.reason, info.metadata["shard"]) == ("SHARD_UNAVAILABLE", victim)
         assert int(info.metadata["tokens_emitted"]) >= stream.tokens > 0
-    _, alive = await asyncio.to_thread(psutil.wait_procs, tree, 5)
+    _, alive = await asyncio.to_thread(psutil.wait_procs, tree, 30)
     assert not alive, "nothing is left of it"
     took_s = await until_up(two, victim, before + 1, BACK_S)
     await asyncio.sleep(1.5)  # the workers attach within the last second
@@ -153,7 +155,7 @@ async def test_supervisor_kills_a_core_that_stalls_and_replaces_it(two: GatewayP
     tree = [core, *core.children(recursive=True)]
     stopped_s = time.monotonic()
     core.send_signal(signal.SIGSTOP)
-    waiting = asyncio.create_task(ask(two.address, adapter))
+    waiting = asyncio.create_task(ask(two.address, adapter, timeout_s=CALL_S))
     async with asyncio.timeout(STALL_TIMEOUT_S + 10):
         while not all(map(is_gone, tree)):
             await asyncio.sleep(0.02)

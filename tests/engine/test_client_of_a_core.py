@@ -36,7 +36,9 @@ def slots(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[ClientSlot]
         max_cpu_loras=1,
         max_lora_rank=8,
     ).build_config()
-    listeners = bind_engine_zmq_listeners(config, SLOTS)
+    with pytest.MonkeyPatch.context() as environment:  # what a test leaves, pytest removes
+        environment.setenv("VLLM_RPC_BASE_PATH", str(tmp_path_factory.mktemp("sockets")))
+        listeners = bind_engine_zmq_listeners(config, SLOTS)
     context = zmq.Context()
     slots, greeters = [], []
     for index in range(SLOTS):

@@ -11,7 +11,7 @@ import pytest
 
 from engine import slots as slots_module
 from engine.generation import VersionKey
-from engine.slots import MIN_TENURE_S
+from engine.slots import MIN_TENURE_S, TurnState
 from tests.engine.slots_stage import ONE, OTHER, A, B, C, D, E, F, Stage, grown_old, soon
 from tests.engine.virtual_time import VirtualTimeLoop
 
@@ -50,6 +50,35 @@ def test_a_free_slot_is_granted_at_once_and_stays(on_stage: OnStage) -> None:
         assert not at.holders.recalled, "nobody else wants one"
         assert not at.slots.are_contended
         assert not at.holders.surveys
+
+    on_stage(2, play)
+
+
+def test_turns_tell_who_has_a_slot_who_gives_one_back_and_who_waits(on_stage: OnStage) -> None:
+    held, returning, waiting = TurnState.HELD, TurnState.RETURNING, TurnState.WAITING
+
+    async def play(at: Stage) -> None:
+        def told() -> list[tuple[VersionKey, TurnState]]:
+            return [(key, state) for key, state, _ in at.slots.turns]
+
+        begin_s = asyncio.get_running_loop().time()
+        at.want(A, B)
+        at.become_busy(A, B)
+        await asyncio.sleep(1.0)
+        at.want(C, D, process=ONE)
+        at.want(C, process=OTHER)
+        await soon()
+        assert told() == [(B, held), (A, returning), (C, waiting), (D, waiting)]
+        since_s = [round(turn.since_s - begin_s, 2) for turn in at.slots.turns]
+        assert since_s == [0.0, 1.0, 1.0, 1.0]
+        await asyncio.sleep(1.0)
+        at.become_busy(C)
+        await at.give_back(A)
+        await asyncio.sleep(1.0)
+        assert told() == [(C, held), (B, returning), (D, waiting)]
+        assert round(at.slots.turns[0].since_s - begin_s, 1) == 2.0
+        at.give_up(D)
+        assert told() == [(C, held), (B, returning)]
 
     on_stage(2, play)
 

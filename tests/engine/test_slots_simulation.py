@@ -48,7 +48,7 @@ class Watched(AdapterSlots):
         super().__init__(shard, capacity, holders)
         self.wanted: dict[VersionKey, tuple[float, int]] = {}
         """Since when each waits, and how many waited before it."""
-        self.turns: list[tuple[float, int]] = []
+        self.waits: list[tuple[float, int]] = []
 
     def note_waiting(self, key: VersionKey, process: int, waits: bool) -> None:
         if waits and key not in self._waiting:
@@ -58,7 +58,7 @@ class Watched(AdapterSlots):
     def granted_now(self, key: VersionKey) -> None:
         if (wanted := self.wanted.pop(key, None)) is not None:
             since_s, ahead = wanted
-            self.turns.append((asyncio.get_running_loop().time() - since_s, ahead))
+            self.waits.append((asyncio.get_running_loop().time() - since_s, ahead))
 
 
 class SlotCrowd(Crowd):
@@ -115,8 +115,8 @@ class World:
     def _check(self) -> None:
         assert self.outcomes["answered"] > REQUESTS / 3
         assert sum(self.outcomes.values()) == REQUESTS
-        assert self.slots.turns, "somebody waited"
-        for waited_s, ahead in self.slots.turns:
+        assert self.slots.waits, "somebody waited"
+        for waited_s, ahead in self.slots.waits:
             assert waited_s <= (ahead + 1) * TURN_S, f"behind {ahead} others"
         assert not self.slots.are_contended
         assert len(self.slots.granted) <= self.max_loras

@@ -107,7 +107,10 @@ async def start_fake_gateway(
     pool = ShardPool([shard], {shard.name: residents}, view)
     admission = Admission(limit)
     labels = AdapterLabels(frozenset({AdapterKey(ALPHA.tenant, ALPHA.adapter)}))
-    edge = Edge(admission, tracing or Tracing(None), unary_deadline_s, stream_deadline_s, ended)
+    edge = Edge(
+        *(admission, tracing or Tracing(None), unary_deadline_s, stream_deadline_s, ended),
+        running=metrics.inflight.track_inprogress,
+    )
     relay = None if host is None else Relay(host, HOST_PATHS, edge)
     server = GatewayServer(edge, Inference(pool, admission, MODEL, labels), settings, relay)
     port = server.bind(listen, settings)

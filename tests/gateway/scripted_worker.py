@@ -20,6 +20,7 @@ from engine.quarantine import Quarantined
 from engine.ring import NO_REPLICAS
 from gateway.channel import (
     Answer,
+    AreYouThere,
     Ask,
     Channel,
     Drain,
@@ -71,7 +72,9 @@ class ScriptedWorker(WorkerProcess):
         self.failure = ""
         self.number = next(_numbers)
         self.heard: list[HostMessage] = []
-        """All that the host said."""
+        """All that the host said, but for whether it is there."""
+        self.hangs = False
+        """Whether it reads nothing any more."""
         self.host: Channel[WorkerMessage, HostMessage] = Channel(theirs)
         self.born.append(self)
         self._life = asyncio.create_task(self._live())
@@ -91,6 +94,11 @@ class ScriptedWorker(WorkerProcess):
     async def _live(self) -> None:
         self.host.send(Imported())
         while (message := await self.host.receive()) is not None:
+            if self.hangs:
+                await asyncio.Event().wait()
+            if isinstance(message, Ask) and message.question == AreYouThere():
+                self.host.send(Answer(message.ticket))
+                continue
             self.heard.append(message)
             match message:
                 case Orders():
@@ -121,6 +129,7 @@ async def serving_fleet(
     *,
     after_death: Callable[[WorkerProcess], Awaitable[None]] = _nothing,
     hear: Callable[[Unasked], None] = _deaf,
+    stall_timeout_s: float = 30.0,
 ) -> AsyncIterator[tuple[WorkerFleet, list[ScriptedWorker]]]:
     """A fleet of `count` workers that serve, and those workers in the order of their start."""
 
@@ -129,7 +138,7 @@ async def serving_fleet(
 
     Worker.script = script
     monkeypatch.setattr(gateway.workers, "WorkerProcess", Worker)
-    fleet = WorkerFleet(count, orders, after_death, hear)
+    fleet = WorkerFleet(count, orders, after_death, hear, stall_timeout_s=stall_timeout_s)
     running = asyncio.create_task(fleet.run())
     await asyncio.sleep(0)  # it starts its workers
     fleet.open()

@@ -14,6 +14,7 @@ from gateway.status import (
     ResidentStatus,
     ShardStatus,
     Status,
+    TurnStatus,
 )
 
 NOW_S = 1_800_000_000.0
@@ -30,6 +31,10 @@ SHARD = ShardStatus(
     deferred=0,
     kv_cache_usage=0.25,
     slots_left=61,
+    batch_slots=8,
+    turns=(TurnStatus("sql", 1, "held", NOW_S - 30),),
+    turns_held=1,
+    turns_waiting=0,
     places=64,
     resident_count=1,
     residents=(ResidentStatus("sql", 1, NOW_S - 90, 0.2, 2, NOW_S - 1),),

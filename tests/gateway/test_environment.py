@@ -49,9 +49,11 @@ def test_what_correctness_needs_is_set_whatever_an_operator_says(
     environment: dict[str, str], tmp_path: Path
 ) -> None:
     environment.update({"VLLM_WORKER_MULTIPROC_METHOD": "fork", "PROMETHEUS_MULTIPROC_DIR": "/x"})
+    environment["VLLM_RPC_BASE_PATH"] = "/y"
     prepare_environment(Settings(), tmp_path)
     assert environment["VLLM_WORKER_MULTIPROC_METHOD"] == "spawn"
     assert environment["PROMETHEUS_MULTIPROC_DIR"] == str(tmp_path)
+    assert environment["VLLM_RPC_BASE_PATH"] == str(tmp_path), "sockets go with the run folder"
 
 
 def test_programs_beside_this_python_are_found_first(

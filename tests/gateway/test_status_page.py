@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 from gateway.http_endpoint import HttpEndpoint
-from gateway.status import Phase, ResidentStatus, Status
+from gateway.status import Phase, ResidentStatus, Status, TurnStatus
 from gateway.status_feed import StatusFeed
 from tests.chromium import Tab, find_chromium, open_tab
-from tests.gateway.statuses import ADAPTER, EVENT, JOB, SHARD, status
+from tests.gateway.statuses import ADAPTER, EVENT, JOB, NOW_S, SHARD, status
 
 CHROMIUM = find_chromium()
 pytestmark = [
@@ -75,7 +75,14 @@ async def test_texts_of_others_are_shown_as_they_are_wherever_they_stand() -> No
         "version": HOSTILE,
         "workers": {HOSTILE: 1},
         "shards": (
-            replace(SHARD, name=HOSTILE, state=HOSTILE, reason=HOSTILE, residents=(resident,)),
+            replace(
+                SHARD,
+                name=HOSTILE,
+                state=HOSTILE,
+                reason=HOSTILE,
+                residents=(resident,),
+                turns=(TurnStatus(HOSTILE, 1, HOSTILE, 0.0),),
+            ),
         ),
         "adapters": (replace(ADAPTER, name=HOSTILE, shards=(HOSTILE,), arms=(guarded,)),),
         "jobs": (replace(JOB, **texts_of_job),),
@@ -89,7 +96,10 @@ async def test_texts_of_others_are_shown_as_they_are_wherever_they_stand() -> No
             *("#events .name", "#events li > :last-child"),
         ):
             assert HOSTILE in await texts(tab, selector), selector
-        for selector in ("#facts", "#shards .chips li", "#adapters .guard", "#jobs .facts"):
+        for selector in (
+            *("#facts", "#shards .chips li", "#shards .turns li", "#adapters .guard"),
+            "#jobs .facts",
+        ):
             assert any(HOSTILE in text for text in await texts(tab, selector)), selector
         assert await tab.evaluate("document.querySelectorAll('img, b > b, script').length") == 1
         assert "· lora-gateway" in await tab.evaluate("document.title")
@@ -126,6 +136,25 @@ async def test_what_changes_is_shown_and_what_stays_is_left_alone() -> None:
         shown["shards"] = (replace(SHARD, name="b"),)
         await tab.wait_for("document.querySelectorAll('#shards h3').length === 1")
         assert await texts(tab, "#shards h3") == ["b"]
+        assert tab.problems == []
+
+
+async def test_turns_of_a_batch_are_shown_with_who_waits() -> None:
+    turns = [TurnStatus("sql", 1, "held", NOW_S), TurnStatus("faq", 2, "returning", NOW_S)]
+    turns.append(TurnStatus("law", 3, "waiting", NOW_S))
+    shown: dict[str, Any] = {
+        "shards": (replace(SHARD, batch_slots=2, turns=turns, turns_held=2, turns_waiting=1),)
+    }
+    async with gateway(shown) as address, browser(address) as tab:
+        await tab.wait_for(LIVE)
+        held, returning, waiting, taken = await texts(tab, "#shards .turns li")
+        assert held.startswith("sql@1 has its slot ") and returning.startswith("faq@2 gives it ")
+        assert waiting.startswith("law@3 waits ")
+        assert taken == "2 of 2 slots taken · 1 waiting for a turn"
+        assert await texts(tab, "#shards .waits b") == ["law@3"]
+        shown["shards"] = (replace(SHARD, turns=(), turns_held=0),)
+        await tab.wait_for("document.querySelectorAll('#shards .turns li').length === 1")
+        assert await texts(tab, "#shards .turns li") == ["0 of 8 slots taken"]
         assert tab.problems == []
 
 

@@ -20,8 +20,9 @@ from engine.screening import Screening
 from gateway import shard_sight
 from gateway.adapter_sight import ADAPTERS_SHOWN, OUTCOMES_READ, WINDOW_S
 from gateway.channel import Ended, Used
-from gateway.keeper import Note, ShardKeeper
+from gateway.keeper import ShardKeeper
 from gateway.keeper_state import KeeperState
+from gateway.note import Note
 from gateway.settings import Settings
 from gateway.shard_sight import RESIDENTS_SHOWN, SHARDS_ASKED, ShardSight
 from gateway.status import Phase, ShardStatus, encode
@@ -42,6 +43,7 @@ class FakeFleet:
     def __init__(self) -> None:
         self.numbers = {WorkerState.SERVING: 1}
         self.draining = False
+        self.notes: list[Note] = []
 
 
 def keeper_of(shard: LoadableShard, state: KeeperState = KeeperState.UP) -> ShardKeeper:
@@ -92,9 +94,14 @@ async def test_a_gateway_that_starts_has_its_shards_to_come() -> None:
 
 
 async def test_the_phase_is_told_from_what_runs(sight: Sight) -> None:
-    phase = sight.reader.phase
+    phase, shards = sight.reader.phase, sight.plane.control.sights.shards
     assert phase() is Phase.SERVING
-    sight.keepers[0].state = KeeperState.REBUILDING
+    assert shards is not None
+    shards.pool.drain(["shard-0"])
+    assert phase() is Phase.UNAVAILABLE, "it is up, and takes no requests"
+    shards.pool.drain([])
+    assert phase() is Phase.SERVING
+    shards.lose("shard-0")
     assert phase() is Phase.UNAVAILABLE
     sight.fleet.numbers = {WorkerState.ATTACHING: 1}
     assert phase() is Phase.STARTING
@@ -173,6 +180,33 @@ async def test_a_shard_that_is_up_and_drained_is_told_so(sight: Sight) -> None:
     assert (await sight.shard()).state == "drained"
     keeper.state, keeper.shard = KeeperState.REBUILDING, None
     assert (await sight.shard()).state == "rebuilding", "that says more"
+
+
+async def test_turns_are_told_in_their_order(sight: Sight, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shard_sight, "TURNS_SHOWN", 2)
+    shards = sight.plane.control.sights.shards
+    assert shards is not None
+    slots = shards.slots["shard-0"]
+    names = [f"a{number}" for number in range(slots.capacity + 3)]
+    for name in names:
+        slots.note_waiting(VersionKey(TENANT, name, 1), 4711, True)
+    shard = await sight.shard()
+    assert (shard.batch_slots, shard.turns_held, shard.turns_waiting) == (8, 8, 3)
+    told = [(turn.adapter, turn.version, turn.state) for turn in shard.turns]
+    assert told == [
+        *(("a0", 1, "held"), ("a1", 1, "held")),
+        *(("a8", 1, "waiting"), ("a9", 1, "waiting")),
+    ]
+    for turn in shard.turns:
+        assert abs(time.time() - turn.since_s) < TIMEOUT_S
+
+
+async def test_deaths_of_workers_are_told_among_what_happened(sight: Sight) -> None:
+    await sight.plane.ready()
+    text = "worker 4711 died while serving (exit code -9)"
+    sight.fleet.notes.append(Note(time.time() + 1, text, is_trouble=True))
+    event = (await sight.reader.read()).events[0]
+    assert (event.subject, event.text, event.is_trouble) == ("workers", text, True)
 
 
 async def test_arms_are_told_with_how_they_did_in_the_last_minute(sight: Sight) -> None:
@@ -287,7 +321,9 @@ async def test_workers_are_asked_about_a_few_shards_at_once_and_about_all_in_tur
     sights = SimpleNamespace(
         processes=counts,
         shards=SimpleNamespace(
-            residencies=dict.fromkeys(names, EMPTY), pool=SimpleNamespace(drained=frozenset())
+            residencies=dict.fromkeys(names, EMPTY),
+            pool=SimpleNamespace(drained=frozenset()),
+            slots={},
         ),
     )
     sight = ShardSight()

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import pytest_asyncio
+from prometheus_client import REGISTRY
 
 from engine import ledger
 from gateway import adapters
@@ -204,3 +205,21 @@ async def test_watchers_who_left_are_forgotten(plane: Plane) -> None:
     for watch in watches:
         watch.cancel()
     assert await plane.gateway.admission.wait_idle(TIMEOUT_S)
+
+
+async def test_a_call_that_a_worker_passes_on_counts_once_as_running(plane: Plane) -> None:
+    """Worker and host are one process here, and of a gateway they are added up."""
+
+    def running() -> float:
+        return REGISTRY.get_sample_value("gateway_inflight_calls") or 0.0
+
+    before = running()
+    await plane.ready()
+    assert running() == before
+    watch = watching(plane, 0)
+    assert (await read(watch)).HasField("heartbeat"), "the host answers"
+    assert running() == before + 1
+    watch.cancel()
+    async with asyncio.timeout(TIMEOUT_S):
+        while running() != before:
+            await asyncio.sleep(0.01)
