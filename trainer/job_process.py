@@ -151,6 +151,8 @@ class JobProcess:
         await attempt.find()  # else it would be killed, and not asked to save
         job = await attempt.stop(job, save=save, grace_s=grace_s)
         await attempt.end()
+        # Of one that was killed as it saved.
+        await asyncio.to_thread(remove_unfinished, self._folder.run(job.attempt))
         return await attempt.follow(job)  # what it said at last
 
     # --- an attempt that has ended ------------------------------------------
