@@ -48,6 +48,7 @@ from store.records import (
     VersionState,
 )
 from store.registry import Registry
+from store.upload_folder import StorageFull
 from trainer.events import GateReport, Publication, PublicationState
 from trainer.publisher import Finding
 from trainer.served import ServedModel
@@ -125,7 +126,7 @@ class CatalogPublisher:
                     f"the gateway could not store it ({error.strerror}): publish it again later"
                 )
                 return _failed(adapter, 0, reason)
-            except (RegistryError, ShardUnavailable) as error:
+            except (RegistryError, ShardUnavailable, StorageFull) as error:
                 return _failed(adapter, 0, str(error))
             except Exception:
                 logger.exception("job %s cannot be published", job.name)

@@ -14,7 +14,7 @@ from typing import Self, TypeVar
 from weakref import WeakValueDictionary
 
 from store.sqlite_schema import connect, reading, transaction
-from store.upload_folder import StorageFull
+from store.upload_folder import DatabaseFull
 
 T = TypeVar("T")
 
@@ -27,7 +27,7 @@ its own lock is free, and somebody who writes all the time would keep it from th
 
 
 class SqliteThread:
-    """A base of what is kept in the file. StorageFull is raised when the disk is full, and
+    """A base of what is kept in the file. DatabaseFull is raised when the disk is full, and
     sqlite3.Error comes through when it fails. What else has the file open is waited for."""
 
     def __init__(
@@ -117,7 +117,7 @@ class SqliteThread:
             return await asyncio.get_running_loop().run_in_executor(self._thread, function)
         except sqlite3.Error as error:
             if _is_full(error):
-                raise StorageFull(
+                raise DatabaseFull(
                     "the gateway's disk is full; go on later, or have its operator free space"
                 ) from error
             raise

@@ -33,6 +33,10 @@ class StorageFull(Exception):
     """The disk, or what uploads may take of it, is used up."""
 
 
+class DatabaseFull(StorageFull):
+    """The database has no room for a change. Nothing was changed, and it can be tried again."""
+
+
 @dataclass(frozen=True, slots=True)
 class UploadPlan:
     """An adapter that is uploaded, and what becomes of it. Equal headers have equal fields."""

@@ -35,6 +35,8 @@ class CheckpointManifest(BaseModel):
     create_time_ns: int
     progress: Progress | None = None
     """Where the run stood; None: a release saved it that could not go on from it."""
+    evaluation_owed: bool = False
+    """Whether the run was asked to end before the evaluation that comes after this step."""
 
     @property
     def resumable(self) -> bool:
@@ -63,11 +65,17 @@ def is_sealed(folder: Path) -> bool:
 
 
 def seal(
-    folder: Path, step: int, eval_loss: float | None, progress: Progress | None = None
+    folder: Path,
+    step: int,
+    eval_loss: float | None,
+    progress: Progress | None = None,
+    *,
+    evaluation_owed: bool = False,
 ) -> CheckpointManifest:
     """Make a checkpoint's files durable, and then write the manifest that says so.
 
-    `progress` is where the run stands, if it can go on from there.
+    `progress` is where the run stands, if it can go on from there. `evaluation_owed` as the
+    manifest has it.
     """
     files = {}
     size_bytes = 0
@@ -84,6 +92,7 @@ def seal(
         eval_loss=eval_loss,
         create_time_ns=time.time_ns(),
         progress=progress,
+        evaluation_owed=evaluation_owed,
     )
     write_whole(folder / MANIFEST_FILE, manifest)
     _sync(folder.parent)
@@ -190,7 +199,9 @@ def remove(folder: Path) -> None:
 
 
 def remove_unfinished(run: RunFolder) -> None:
-    """Remove what saving has left that failed: it takes room, and nobody can use it."""
+    """Remove what a run that has ended leaves over: its split of the rows, and what saving has
+    left that failed. It takes room, and nobody can use it."""
+    shutil.rmtree(run.rows, ignore_errors=True)
     if run.checkpoints.is_dir():
         for folder in run.checkpoints.iterdir():
             if not is_sealed(folder):

@@ -24,7 +24,8 @@ class Stopper(TrainerCallback):  # type: ignore[misc]
     What the trainer does after the last step of an epoch it also does here, so an evaluation
     would come first, which nobody waits for. So this callback comes after the trainer's own.
 
-    Stopped within a step, what was drawn for it is drawn again by who goes on.
+    Stopped within a step, what was drawn for it is drawn again by who goes on. Stopped before it
+    has done one, there is nothing to save: the next goes on from where this one did.
     """
 
     def __init__(self, run: RunFolder, life: Life) -> None:
@@ -33,6 +34,13 @@ class Stopper(TrainerCallback):  # type: ignore[misc]
         self.stopped = False
         """Whether it ended the run."""
         self._after_step: RandomStates | None = None
+        self._begun_at = 0
+        """The step."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any
+    ) -> None:
+        self._begun_at = state.global_step
 
     def on_substep_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any
@@ -70,7 +78,8 @@ class Stopper(TrainerCallback):  # type: ignore[misc]
         control.should_training_stop = True
         control.should_evaluate = False
         saved = files.is_sealed(files.folder_of(self._run, state.global_step))
-        control.should_save = self._life.save_requested and state.global_step > 0 and not saved
+        learned = state.global_step > self._begun_at
+        control.should_save = self._life.save_requested and learned and not saved
 
 
 class CheckpointFinisher(TrainerCallback):  # type: ignore[misc]
@@ -87,8 +96,10 @@ class CheckpointFinisher(TrainerCallback):  # type: ignore[misc]
         life: Life,
         fence: Fence,
         add_files: Callable[[Path, Any], None],
+        owed: Callable[[TrainerState], bool] = lambda state: False,
     ) -> None:
-        """`add_files` writes into the checkpoint's folder what is known of the model."""
+        """`add_files` writes into the checkpoint's folder what is known of the model; `owed` says
+        whether what it has learned is still to be measured."""
         self._run = run
         self._attempt = attempt
         self._kept = kept
@@ -98,6 +109,7 @@ class CheckpointFinisher(TrainerCallback):  # type: ignore[misc]
         self._life = life
         self._fence = fence
         self._add_files = add_files
+        self._owed = owed
         self.newest: Checkpoint | None = None
         self.adapter_files: Mapping[str, str] = {}
         """Of the newest: SHA-256 by name."""
@@ -122,7 +134,9 @@ class CheckpointFinisher(TrainerCallback):  # type: ignore[misc]
         self._add_files(folder, model)
         self._fence.check()
         eval_loss = None if stands is None else stands.eval_loss
-        manifest = files.seal(folder, state.global_step, eval_loss, stands)
+        manifest = files.seal(
+            folder, state.global_step, eval_loss, stands, evaluation_owed=self._owed(state)
+        )
         final = state.global_step >= state.max_steps and not self._stopper.stopped
         self.newest = files.as_checkpoint(folder, manifest, self._attempt, final=final)
         self.adapter_files = manifest.adapter_files

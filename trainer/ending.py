@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from trainer.checkpoint import CheckpointCorrupt, verified_manifest
 from trainer.events import FailureReason, JobFailure, Manifest
 from trainer.failure import says_storage_full, storage_full
+from trainer.life import EXIT_STORAGE_FULL
 from trainer.run_folder import RunExit, RunFolder
 
 LOG_TAIL_BYTES = 4096
@@ -58,6 +59,8 @@ def ending(run: RunFolder, exit_code: int | None) -> Ending:
 
     `exit_code` is negative for a signal, and None if nobody learned it.
     """
+    if exit_code == EXIT_STORAGE_FULL:
+        return Failed(storage_full({"attempt": run.path.name}))
     told = _exit(run)
     if told is None:
         return lost(run, *_death(exit_code))

@@ -13,7 +13,7 @@ from store.job_records import EventKind, Intent, JobChange, JobRecord, JobState,
 from trainer.attempt import Attempt, RunHung
 from trainer.checkpoint import remove_unfinished
 from trainer.devices import Device
-from trainer.ending import Finished, Lost, Stopped, lost
+from trainer.ending import Ending, Finished, Lost, Stopped, lost
 from trainer.environment import training_environment
 from trainer.errors import TrainingError, TrainingUnavailable
 from trainer.events import JobFailure
@@ -41,6 +41,8 @@ class JobProcess:
         self._attempt: Attempt | None = None
         self._watchdog = Watchdog(means.stall_timeout_s)
         self._device: Device | None = None
+        self._ended: tuple[int, Ending] | None = None
+        """The attempt that was judged last, and how: its process is not there to be asked again."""
 
     async def find(self, job: JobRecord) -> None:
         """Find the process that a gateway before this one left, and hold its device.
@@ -130,7 +132,7 @@ class JobProcess:
     async def pause(self, job: JobRecord) -> None:
         """Have the process save and end, and rest; or see that it had ended before it heard."""
         job = await self._stop(job, save=True)
-        how = await self._attempt_of(job).ending()
+        how = await self._ending(job)
         if isinstance(how, Lost | Stopped):  # nothing has to follow now, so nothing counts
             self.let_go()
             await self._change(job, JobChange(state=JobState.PAUSED))
@@ -149,6 +151,8 @@ class JobProcess:
         await attempt.find()  # else it would be killed, and not asked to save
         job = await attempt.stop(job, save=save, grace_s=grace_s)
         await attempt.end()
+        # Of one that was killed as it saved.
+        await asyncio.to_thread(remove_unfinished, self._folder.run(job.attempt))
         return await attempt.follow(job)  # what it said at last
 
     # --- an attempt that has ended ------------------------------------------
@@ -156,11 +160,8 @@ class JobProcess:
     async def judge(self, job: JobRecord, hung: str = "") -> None:
         """Decide what becomes of a job whose attempt has ended; in what way it `hung`, if it was
         ended for that."""
-        how = await self._attempt_of(job).ending()
+        how = await self._ending(job, hung)
         await self.end()
-        if hung and isinstance(how, Lost | Stopped):
-            run = self._folder.run(job.attempt)
-            how = await asyncio.to_thread(lost, run, hung, ", and was ended")
         if not isinstance(how, Finished):
             await self._lose(job, how.failure)
             return
@@ -168,6 +169,18 @@ class JobProcess:
             job = await self._change(job, JobChange(state=JobState.RUNNING))
         change = JobChange(state=JobState.FINALIZING, manifest=as_json(how.manifest))
         await self._change(job, change)
+
+    async def _ending(self, job: JobRecord, hung: str = "") -> Ending:
+        """How the attempt ended. The same each time: what comes of it may be tried again, where
+        the database has no room, and the exit code is learned once."""
+        if self._ended is not None and self._ended[0] == job.attempt:
+            return self._ended[1]
+        how = await self._attempt_of(job).ending()
+        if hung and isinstance(how, Lost | Stopped):
+            run = self._folder.run(job.attempt)
+            how = await asyncio.to_thread(lost, run, hung, ", and was ended")
+        self._ended = job.attempt, how
+        return how
 
     async def _lose(self, job: JobRecord, failure: JobFailure) -> None:
         await asyncio.to_thread(remove_unfinished, self._folder.run(job.attempt))

@@ -16,6 +16,7 @@ import contextlib
 import logging
 
 from store.job_records import Intent, JobChange, JobChanged, JobRecord, JobState, JobUnknown
+from store.upload_folder import DatabaseFull
 from trainer.attempt import RunUnattached
 from trainer.errors import TrainingError
 from trainer.failure import is_storage_full, storage_full
@@ -106,7 +107,9 @@ class JobRun:
         to end some time; but a process that trains is not ended because we fail to follow it."""
         logger.error("job %s, %s", self._job.name, self._job.state.name, exc_info=error)
         full = is_storage_full(error)
-        if self._job.state is JobState.CANCELLING or not (full or troubles >= TRIES):
+        # Where the database has no room, nothing happened to the job, nor can its end be written.
+        waits = self._job.state is JobState.CANCELLING or isinstance(error, DatabaseFull)
+        if waits or not (full or troubles >= TRIES):
             await self._rest(troubles)
             return
         try:

@@ -34,6 +34,8 @@ POLL_PERIOD_S = 0.2
 EXIT_KILLED = 128 + signal.SIGTERM
 EXIT_FENCED = 4
 """A newer attempt of the job was begun, so nobody asks what became of this one."""
+EXIT_STORAGE_FULL = 5
+"""The disk had no room for what the run saves, and maybe not for its exit.json either."""
 
 
 class Life:

@@ -69,6 +69,11 @@ class ProgressTeller(TrainerCallback):  # type: ignore[misc]
         self._begun()
         self._began_s = self._mark_s = time.monotonic()
 
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any
+    ) -> None:
+        self._mark_s = time.monotonic()  # an evaluation may have come before it
+
     def on_substep_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any
     ) -> None:

@@ -5,10 +5,10 @@ Imported after the backend, which imports Unsloth, which comes before transforme
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import math
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ from trainer.life import Life
 from trainer.memory import Memory, memory_of
 from trainer.micro_batch import fit, fitted
 from trainer.micro_batch_probe import ShapeProber
+from trainer.owed_evaluation import Evaluations, NoStepLeft, OwedEvaluation
 from trainer.progress import ProgressTeller
 from trainer.reference import MAX_ROWS
 from trainer.reference_scoring import Scorer
@@ -66,7 +67,6 @@ class Recipe:
         self._events = events
         self._on_gpu = plan.device != CPU
         self._base = Path(plan.model_path)
-        self._cache = run.path / "rows"
         self.spec = plan.spec
         """As far as it is known what is really done."""
 
@@ -75,6 +75,12 @@ class Recipe:
 
         Raises RunFailed, and whatever libraries raise; what is unfinished on disk is removed.
         """
+        try:
+            return self._train()
+        finally:
+            checkpoint.remove_unfinished(self._run)
+
+    def _train(self) -> Manifest | None:
         self.spec, notices = effective_spec(
             self.spec, on_gpu=self._on_gpu, bfloat16=computes_in_bfloat16(on_gpu=self._on_gpu)
         )
@@ -82,18 +88,15 @@ class Recipe:
         memory = memory_of(on_gpu=self._on_gpu, limit_bytes=self._plan.memory_bytes)
         resumed = self._resumed()
         rows = self._rows()
-        if resumed is not None and resumed.step >= self._steps(rows):
+        done = resumed is not None and resumed.step >= self._steps(rows)
+        if resumed is not None and done and not resumed.evaluation_owed:
             return self._adopted(rows, resumed)
         model = self._backend.load(
             LoadRequest(spec=self.spec, model_path=self._plan.model_path, on_gpu=self._on_gpu)
         )
         if self.spec.hyperparameters.fit_micro_batch:
             self._fit(model, rows, memory)
-        try:
-            return self._loop(model, rows, memory, resumed)
-        finally:
-            checkpoint.remove_unfinished(self._run)
-            shutil.rmtree(self._cache, ignore_errors=True)
+        return self._loop(model, rows, memory, resumed)
 
     def _resumed(self) -> CheckpointManifest | None:
         """Of the checkpoint that is gone on from; None: the run begins at the first step."""
@@ -131,7 +134,7 @@ class Recipe:
             Path(self._plan.eval_rows) if self._plan.eval_rows else None,
             eval_fraction=data.eval_fraction,
             seed=seed,
-            cache=self._cache,
+            cache=self._run.rows,
         )
         if not len(rows.train):
             raise RunFailed(
@@ -174,6 +177,9 @@ class Recipe:
         stands = None if resumed is None else resumed.progress
         progress = ProgressTeller(self._events, collator.made, memory, self._begin, stands)
         stopper = Stopper(self._run, self._life)
+        epoch_steps = an_epoch(self.spec, len(rows.train))
+        evaluates = rows.held_out is not None
+        evaluations = Evaluations(epoch_steps if evaluates else None, resumed)
         assert self.spec.checkpoints_kept and self.spec.checkpoint_interval_s
         finisher = CheckpointFinisher(
             self._run,
@@ -185,6 +191,7 @@ class Recipe:
             self._life,
             self._fence,
             functools.partial(self._add_files, self._scorer(rows)),
+            evaluations.owed,
         )
         trainer = RecipeTrainer(
             model,
@@ -192,7 +199,7 @@ class Recipe:
                 self.spec,
                 self._run.checkpoints,
                 steps=self._steps(rows),
-                evaluates=rows.held_out is not None,
+                evaluates=evaluates,
                 on_gpu=self._on_gpu,
             ),
             collator,
@@ -201,13 +208,14 @@ class Recipe:
             Collator(self._base),
             lambda: stopper.stopped,
         )
-        timer = CheckpointTimer(
-            self._run, self.spec.checkpoint_interval_s, an_epoch(self.spec, len(rows.train))
-        )
+        timer = CheckpointTimer(self._run, self.spec.checkpoint_interval_s, epoch_steps)
         # In this order: a step is told before it is saved, and timing includes saving.
-        for callback in (stopper, finisher, progress, timer):
+        for callback in (stopper, evaluations, finisher, progress, timer):
             trainer.add_callback(callback)
-        trainer.train(resume_from_checkpoint=self._plan.resume or None)
+        if resumed is not None and resumed.evaluation_owed:
+            trainer.add_callback(OwedEvaluation(trainer, stopper))
+        with contextlib.suppress(NoStepLeft):
+            trainer.train(resume_from_checkpoint=self._plan.resume or None)
         if stopper.stopped:
             return None
         assert finisher.newest is not None

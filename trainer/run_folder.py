@@ -8,6 +8,7 @@
     alive            process  touched every other second: a sign of life, also while it loads
     progress         process  touched when it gets on: after each micro-batch, and while it saves
     stop.json        host     asks it to save and end; see `StopRequest`
+    rows/            process  its split of the rows, while it trains
     checkpoints/     process  checkpoint-<step>/, each whole once its manifest.json is there
     exit.json        process  how it ended; see `RunExit`
     manifest.json    process  where the adapter comes from; written last
@@ -20,6 +21,7 @@ job's folder tells which is the newest, so that an old one ends (`trainer/fence.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Mapping
@@ -124,6 +126,10 @@ class RunFolder:
         return self.path / "stop.json"
 
     @property
+    def rows(self) -> Path:
+        return self.path / "rows"
+
+    @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
@@ -143,11 +149,16 @@ def write_whole(path: Path, content: Message | BaseModel | Mapping[str, object])
     else:
         text = json.dumps(content, sort_keys=True)
     new = path.with_name(f"{path.name}.new")
-    with new.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    new.rename(path)
+    try:
+        with new.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        new.rename(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            new.unlink(missing_ok=True)  # a part of it, where the disk is full
+        raise
     folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(folder)

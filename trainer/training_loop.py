@@ -60,6 +60,11 @@ class RecipeTrainer(Trainer):  # type: ignore[misc]
             raise ValueError(f"{resume_from_checkpoint} has the weights of another adapter")
         set_peft_model_state_dict(self.model, saved)
 
+    def save(self) -> None:
+        """Save a checkpoint of the run as it stands, as it does by itself after an epoch."""
+        self._save_checkpoint(self.model, None)
+        self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Mean loss of held-out rows in nats a token, so the same for every batch size.
 

@@ -4,7 +4,7 @@
 
 Reads `plan.json`, trains, and writes `exit.json` and, last, `manifest.json`; `run_folder.py` has
 the rest of the folder. Prints to the log. Exits with 0 if it trained all, 3 if it was asked to
-end, 1 if it failed, 4 if a newer attempt of its job was begun.
+end, 1 if it failed, 4 if a newer attempt of its job was begun, 5 if the disk was full.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from pathlib import Path
 from trainer.backends import import_backend
 from trainer.devices import CPU
 from trainer.event_writer import EventWriter
-from trainer.failure import failure_of
+from trainer.failure import failure_of, is_storage_full
 from trainer.fence import Fence, Fenced
-from trainer.life import EXIT_FENCED, Life
+from trainer.life import EXIT_FENCED, EXIT_STORAGE_FULL, Life
 from trainer.run_folder import RunExit, RunFolder, RunPlan, write_whole
 
 EXIT_OK, EXIT_FAILED, EXIT_STOPPED = 0, 1, 3
@@ -42,6 +42,13 @@ def main(folder: Path) -> int:
         except Fenced:
             logger.exception("nothing of this attempt counts any more")
             return EXIT_FENCED
+        except OSError as error:
+            if not is_storage_full(error):
+                raise
+            logger.exception("the disk is too full to write down how the run ended")
+            # The interpreter's own end would fail too, at what it has not printed yet, and make
+            # another exit code of it.
+            os._exit(EXIT_STORAGE_FULL)
 
 
 def _train(run: RunFolder, plan: RunPlan, life: Life, fence: Fence) -> int:

@@ -6,6 +6,7 @@ Jobs without a script are trained for real.
 from __future__ import annotations
 
 import contextlib
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,12 +14,18 @@ from pathlib import Path
 import grpc
 import psutil
 
+from lora_gateway.v1 import adapters_pb2 as ad
 from lora_gateway.v1 import training_pb2 as pb
+from lora_gateway.v1.adapters_pb2_grpc import AdaptersStub
 from lora_gateway.v1.training_pb2_grpc import TrainingStub
 from tests.e2e import training
 from tests.e2e.gateway_process import GatewayProcess
 from tests.trainer.scripted_worker import Script
 
+ADAPTER = "facts"
+"""Of all jobs."""
+KILLED_S = 300.0
+"""No job takes so long until it publishes, also on a busy machine."""
 WORKER = Path(__file__).parents[1] / "trainer" / "scripted_worker.py"
 INTERPRETER = """#!/bin/sh
 if [ "$2" = trainer.worker ]; then
@@ -32,8 +39,15 @@ exec {python} "$@"
 class ScriptedGateway:
     """`gateway serve` on one state folder, from one process to the next."""
 
-    def __init__(self, folder: Path, extra: Sequence[str] = ()) -> None:
-        self._folder = folder
+    def __init__(
+        self,
+        folder: Path,
+        extra: Sequence[str] = (),
+        program: Sequence[str] = ("-m", "gateway"),
+    ) -> None:
+        """`program` as `GatewayProcess` has it."""
+        self.folder = folder
+        self._program = program
         self.state = folder / "state"
         self._scripts = self.state / "scripts"
         self._scripts.mkdir(parents=True)
@@ -50,8 +64,8 @@ class ScriptedGateway:
 
     def _start(self) -> GatewayProcess:
         self.starts += 1
-        log = self._folder / f"gateway-{self.starts}.log"
-        process = GatewayProcess(self._arguments, self.state, log)
+        log = self.folder / f"gateway-{self.starts}.log"
+        process = GatewayProcess(self._arguments, self.state, log, self._program)
         try:
             process.wait_serving()
         except BaseException:
@@ -70,6 +84,12 @@ class ScriptedGateway:
         self.process.close()
         self.process = self._start()
 
+    def start_again_once_it_is_killed(self) -> None:
+        """Wait until somebody has killed the host, and have the next one sweep what is left."""
+        assert self.process.wait_exit(KILLED_S) == -signal.SIGKILL
+        self.process.close()
+        self.process = self._start()
+
     def channel(self) -> grpc.aio.Channel:
         """To the process that serves now."""
         return grpc.aio.insecure_channel(self.process.address)
@@ -84,16 +104,25 @@ class ScriptedGateway:
         return found
 
     async def create(
-        self, name: str, script: Script | None = None, *, publish: bool = False, **fields: int
+        self,
+        name: str,
+        script: Script | None = None,
+        *,
+        dataset: str = "facts",
+        publish: bool = False,
+        checkpoint_interval_s: int = 0,
+        **fields: int,
     ) -> pb.Job:
-        """A job on the facts, which are uploaded once."""
+        """A job on a dataset that was uploaded."""
         if script is not None:
             (self._scripts / f"{name}.json").write_text(script.model_dump_json())
-        spec = pb.JobSpec(dataset="facts", adapter="facts", backend=pb.BACKEND_PEFT)
+        spec = pb.JobSpec(dataset=dataset, adapter=ADAPTER, backend=pb.BACKEND_PEFT)
         spec.hyperparameters.CopyFrom(training.QUICK)
         spec.hyperparameters.epochs = 2
         for field, value in fields.items():
             setattr(spec.hyperparameters, field, value)
+        if checkpoint_interval_s:
+            spec.checkpoint_interval.FromSeconds(checkpoint_interval_s)
         if publish:
             spec.publish.SetInParent()
         async with self.channel() as channel:
@@ -105,6 +134,22 @@ class ScriptedGateway:
         async with self.channel() as channel:
             answer = await getattr(TrainingStub(channel), f"{word}Job")(request, timeout=30)
         return answer.job  # type: ignore[no-any-return]
+
+    async def versions(self) -> list[str]:
+        """States of all versions of the adapter that there ever were, from the first one on."""
+        async with self.channel() as channel:
+            stub = AdaptersStub(channel)
+            try:
+                found = await stub.GetAdapter(ad.GetAdapterRequest(adapter=ADAPTER), timeout=30)
+            except grpc.aio.AioRpcError as error:
+                assert error.code() is grpc.StatusCode.NOT_FOUND
+                return []
+            requests = [
+                ad.GetAdapterVersionRequest(adapter=ADAPTER, version=version)
+                for version in range(1, found.adapter.latest_version + 1)
+            ]
+            answers = [await stub.GetAdapterVersion(request, timeout=30) for request in requests]
+        return [ad.VersionState.Name(each.adapter_version.state) for each in answers]
 
     async def get(self, name: str) -> pb.Job:
         """A job as it stands."""
@@ -120,9 +165,11 @@ class ScriptedGateway:
 
 
 @contextlib.contextmanager
-def scripted_gateway(folder: Path, extra: Sequence[str] = ()) -> Iterator[ScriptedGateway]:
+def scripted_gateway(
+    folder: Path, extra: Sequence[str] = (), program: Sequence[str] = ("-m", "gateway")
+) -> Iterator[ScriptedGateway]:
     """Until the end of the block."""
-    gateway = ScriptedGateway(folder, extra)
+    gateway = ScriptedGateway(folder, extra, program)
     try:
         yield gateway
     finally:

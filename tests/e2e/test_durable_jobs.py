@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import AsyncIterator
 
 import pytest
@@ -28,13 +29,14 @@ async def gateway(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Scr
     with scripted_gateway(folder, ["--training-stall-timeout-s", str(STALL_TIMEOUT_S)]) as found:
         async with found.channel() as channel:
             await training.upload(channel, "facts", training.facts())
+            await training.upload(channel, "many", training.facts(200))
         yield found
 
 
-def whole(watch: Watch, job: pb.Job) -> None:
+def whole(watch: Watch, job: pb.Job, steps: int = STEPS) -> None:
     """Every step was told, and after a loss from the checkpoint on once more."""
     assert job.state == pb.JOB_STATE_SUCCEEDED, job.error
-    assert set(watch.steps) == set(range(1, STEPS + 1))
+    assert set(watch.steps) == set(range(1, steps + 1))
     back = [
         (before, step)
         for before, step in zip(watch.steps, watch.steps[1:], strict=False)
@@ -62,7 +64,7 @@ async def test_kill_job_process(gateway: ScriptedGateway, moment: str) -> None:
         assert (await gateway.wish("Pause", name)).state == pb.JOB_STATE_PAUSING
     if moment == "cancelling":
         await gateway.wish("Cancel", name)
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(120):
         while not kill_training(gateway):
             await asyncio.sleep(0.02)
     if moment == "pausing":
@@ -75,6 +77,37 @@ async def test_kill_job_process(gateway: ScriptedGateway, moment: str) -> None:
         whole(watch, job)
         assert job.attempt == 2
     print(f"1 kill point: {name}, {len(watch.events)} events, {watch.states}")
+
+
+async def test_kill_job_process_loses_no_more_than_the_checkpoint_interval(
+    gateway: ScriptedGateway,
+) -> None:
+    """With real training, all of it within one epoch: what is saved is saved by time."""
+    interval_s = 1
+    await gateway.create("interval", dataset="many", epochs=1, checkpoint_interval_s=interval_s)
+    watch = Watch(gateway, "interval")
+    step = 0
+    while sum(event.HasField("checkpoint") for event in watch.events) < 2:
+        step += 3
+        await watch.until(step=step)
+    assert kill_training(gateway)
+    job = await watch.end()
+    whole(watch, job, job.progress.total_steps)
+
+    assert job.attempt == 2 and job.resumed_from.step
+    first = [event for event in watch.events if event.attempt == 1]
+    told = [event for event in first if event.progress.HasField("loss")]
+    assert job.lost_steps == told[-1].progress.step - job.resumed_from.step
+    times_s = [event.time.ToNanoseconds() / 1e9 for event in told]
+    longest_s = max(after - before for before, after in itertools.pairwise(times_s))
+    saved_s = job.resumed_from.create_time.ToNanoseconds() / 1e9
+    lost_s = times_s[-1] - saved_s
+    assert lost_s <= interval_s + longest_s, "the step that runs may take longer than the last"
+    print(
+        f"1 kill point: {job.lost_steps} steps and {max(0.0, lost_s):.2f} s were lost, of "
+        f"{times_s[-1] - times_s[0]:.1f} s; the interval is {interval_s} s, a step took at most "
+        f"{longest_s:.2f} s"
+    )
 
 
 async def test_pause_saves_and_resume_goes_on_with_real_training(

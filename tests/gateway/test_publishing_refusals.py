@@ -14,6 +14,7 @@ from prometheus_client import REGISTRY
 from engine.errors import ShardUnavailable
 from store.artifacts import WEIGHTS_FILE
 from store.records import VersionState
+from store.upload_folder import DatabaseFull
 from tests.engine.drafts import configure
 from tests.engine.library import key
 from tests.gateway.trained import FINGERPRINTS, LOOSE, STEP, Trained, trained
@@ -204,6 +205,14 @@ async def test_a_full_disk_fails_it_and_the_next_try_goes_on(
         patch.setattr("gateway.publishing.write_note", full)
         publication = await at.publish(checkpoint, 100)
     assert publication.state is FAILED and "No space left on device" in publication.reasons[0]
+
+    async def no_room(*_: object, **__: object) -> NoReturn:
+        raise DatabaseFull("the gateway's disk is full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(at.library.registry, "begin_version", no_room)
+        publication = await at.publish(checkpoint, 100)
+    assert publication.state is FAILED and "disk is full" in publication.reasons[0]
     again = await at.publish(checkpoint, 100)
     assert (again.state, again.version, again.traffic_percent) == (SERVING, 2, 100)
 

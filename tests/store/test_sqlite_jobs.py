@@ -18,7 +18,7 @@ from store.job_records import EventKind, Intent, JobChange, JobState, NewEvent
 from store.jobs import JobStore
 from store.sqlite_jobs import SqliteJobs
 from store.sqlite_registry import SqliteRegistry
-from store.upload_folder import StorageFull
+from store.upload_folder import DatabaseFull
 from tests.store.failing_connection import FailingConnection
 from tests.store.job_contract import JobContract
 from tests.store.job_steps import MakeJobs, add_dataset, bring_to, create, new_job
@@ -249,7 +249,7 @@ async def test_a_full_disk_is_said_to_be_full(tmp_path: Path) -> None:
         # What SQLite says of a disk without space is what it says of a file that may not grow.
         await store._read(lambda db: db.execute(f"PRAGMA max_page_count = {pages}").fetchone())
         much = [NewEvent(EventKind.PROGRESS, {"text": "x" * 4096})] * 100
-        with pytest.raises(StorageFull, match="disk is full"):
+        with pytest.raises(DatabaseFull, match="disk is full"):
             await store.change_job(job, JobChange(events=much))
         assert await store.job("acme", "nightly") == job
         await store._read(lambda db: db.execute("PRAGMA max_page_count = 1000000").fetchone())

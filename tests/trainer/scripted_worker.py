@@ -51,7 +51,8 @@ class Script(BaseModel):
     """After how many steps of each attempt it does so; 0: never."""
     die_signal: int = signal.SIGKILL
     exit_at: int = -1
-    """The step before which it ends with exit code 7."""
+    """The step before which it ends with `exit_code`."""
+    exit_code: int = 7
     fail: FailureReason | None = None
     fail_retryable: bool = False
     memory_rows: int = 0
@@ -209,7 +210,7 @@ class Worker:
         if step == self.script.die_at:
             self.die()
         if step == self.script.exit_at:
-            os._exit(7)
+            os._exit(self.script.exit_code)
         while step == self.script.hang_at:
             time.sleep(600)
 

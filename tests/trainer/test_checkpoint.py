@@ -122,8 +122,10 @@ def test_what_was_not_finished_can_be_swept(run: RunFolder) -> None:
     remove_unfinished(run)
     finished(run, 3)
     unfinished(run, 6)
+    run.rows.mkdir()
     remove_unfinished(run)
     assert [path.name for path in run.checkpoints.iterdir()] == ["checkpoint-3"]
+    assert not run.rows.exists()
 
 
 def manifest_of(run: RunFolder, step: int) -> Manifest:

@@ -21,18 +21,18 @@ async def test_a_process_that_hangs_is_ended_and_followed_by_another(
     tmp_path: Path, unkillable: bool
 ) -> None:
     script = Script(steps=5, save_each=True, hang_at=4, well_from=2, unkillable=unkillable)
-    async with stage(tmp_path, stall_timeout_s=1.0) as s:
+    async with stage(tmp_path, stall_timeout_s=3.0) as s:
         await s.create("one", script.model_copy(update={"child": True}))
         job = await s.ended("one")
         assert (job.state, job.attempt) == (JobState.SUCCEEDED, 2), job.error
         (how,) = await s.lost("one")
-        assert "the training process did not get on for 1 s, and was ended" in how
+        assert "the training process did not get on for 3 s, and was ended" in how
         assert await s.steps("one") == [1, 2, 3, 4, 5]
         assert not s.processes(job)
 
 
 async def test_a_stopped_process_is_killed(tmp_path: Path) -> None:
-    async with stage(tmp_path, stall_timeout_s=1.5) as s:
+    async with stage(tmp_path, stall_timeout_s=3.0) as s:
         await s.create("one", Script(steps=60, step_s=0.05, save_each=True, well_from=2))
         job = await s.until_step("one", 3)
         os.kill(min(s.processes(job)), signal.SIGSTOP)

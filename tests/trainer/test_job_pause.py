@@ -117,6 +117,27 @@ async def test_a_wish_to_pause_is_kept_that_nobody_came_to_carry_out(tmp_path: P
         assert (await s.ended("one")).state is JobState.SUCCEEDED
 
 
+@pytest.mark.parametrize("wish", ["pause", "cancel"])
+async def test_one_that_is_killed_as_it_saves_leaves_nothing_half_written(
+    tmp_path: Path, wish: str
+) -> None:
+    async with stage(tmp_path, grace_s=1.0) as s:
+        await s.create("one", Script(steps=10_000, step_s=0.02, save_at=2, save_s=60.0))
+        job = await s.until_step("one", 2)
+        run = s.run_folder(job)
+        run.rows.mkdir()
+        async with asyncio.timeout(60):
+            while not (run.checkpoints / "checkpoint-2").exists():
+                await asyncio.sleep(0.02)
+        if wish == "pause":
+            await s.jobs.pause(TENANT, "one")
+        else:
+            await s.jobs.cancel(TENANT, "one", discard=False)
+        job = await s.until("one", JobState.PAUSED)
+        assert job.state is (JobState.PAUSED if wish == "pause" else JobState.CANCELLED)
+        assert not run.rows.exists() and not list(run.checkpoints.iterdir())
+
+
 async def test_a_waiting_job_is_paused_at_once_and_gives_up_its_place(tmp_path: Path) -> None:
     async with stage(tmp_path) as s:
         await s.create("a", Script(wait_for="go"))
@@ -125,7 +146,7 @@ async def test_a_waiting_job_is_paused_at_once_and_gives_up_its_place(tmp_path: 
             await s.create(name)
             await s.until(name, JobState.QUEUED)
         assert (await s.jobs.pause(TENANT, "b")).state is JobState.PAUSED
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(60):
             while s.jobs.queue_position(await s.job("c")) != 1:
                 await asyncio.sleep(0.01)
         (tmp_path / "go").touch()
@@ -153,7 +174,7 @@ async def test_a_job_that_loads_is_paused_without_a_checkpoint(tmp_path: Path) -
     async with stage(tmp_path, grace_s=60.0) as s:
         await s.create("one", Script(load_s=60.0))
         job = await s.until("one", JobState.PREPARING)
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while not s.run_folder(job).alive.exists():
                 await asyncio.sleep(0.02)
         (s.root / "scripts" / "one.json").unlink()

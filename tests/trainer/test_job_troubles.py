@@ -9,14 +9,15 @@ from typing import Any
 
 import pytest
 
-from store.job_records import JobRecord, JobState, JobUnknown
-from store.upload_folder import StorageFull
+from store.job_records import JobChange, JobRecord, JobState, JobUnknown
+from store.upload_folder import DatabaseFull, StorageFull
 from tests.trainer.job_stage import TENANT, stage
 from tests.trainer.scripted_worker import Script
 from trainer import attempt as attempt_module
 from trainer import job_run, jobs
 from trainer.attempt import Attempt
 from trainer.job_run import JobRun
+from trainer.life import EXIT_STORAGE_FULL
 
 TROUBLE = [sqlite3.OperationalError("disk I/O error"), StorageFull("the disk is full")]
 
@@ -60,6 +61,59 @@ async def test_a_process_that_trains_is_not_ended_for_trouble_with_our_store(
         job = await s.ended("one")
         assert job.state is JobState.SUCCEEDED, job.error
         assert job.progress is not None and job.progress["step"] == 60
+
+
+@pytest.mark.parametrize("state", [JobState.QUEUED, JobState.FINALIZING])
+async def test_a_database_without_room_fails_no_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, state: JobState
+) -> None:
+    monkeypatch.setattr(job_run, "MAX_RETRY_S", 0.01)
+    async with stage(tmp_path) as s:
+        if state is JobState.FINALIZING:
+            s.publisher.gate.clear()
+        else:
+            await s.create("before", Script(wait_for="go"))
+            await s.until("before", JobState.RUNNING)
+        await s.create("one")
+        await s.until("one", state)
+        change_job, failed = s.store.change_job, 0
+
+        async def no_room(seen: JobRecord, change: JobChange) -> JobRecord:
+            nonlocal failed
+            if seen.name == "one" and failed < 2 * job_run.TRIES:
+                failed += 1
+                # It has room for a little: for the job's end, as it were.
+                if change.state is not JobState.FAILED:
+                    raise DatabaseFull("the disk is full")
+            return await change_job(seen, change)
+
+        monkeypatch.setattr(s.store, "change_job", no_room)
+        (tmp_path / "go").touch()
+        s.publisher.gate.set()
+        job = await s.ended("one")
+        assert failed == 2 * job_run.TRIES
+        assert job.state is JobState.SUCCEEDED, job.error
+
+
+async def test_how_a_process_ended_is_known_once_the_database_has_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(job_run, "MAX_RETRY_S", 0.01)
+    async with stage(tmp_path) as s:
+        change_job, failed = s.store.change_job, 0
+
+        async def no_room(seen: JobRecord, change: JobChange) -> JobRecord:
+            nonlocal failed
+            if change.state in (JobState.FAILED, JobState.RECOVERING) and failed < 3:
+                failed += 1
+                raise DatabaseFull("the disk is full")
+            return await change_job(seen, change)
+
+        monkeypatch.setattr(s.store, "change_job", no_room)
+        await s.create("one", Script(exit_at=2, exit_code=EXIT_STORAGE_FULL))
+        job = await s.ended("one")
+        assert failed == 3 and job.attempt == 1
+        assert job.error is not None and job.error["reason"] == "STORAGE_FULL"
 
 
 async def test_a_job_that_fails_again_and_again_without_a_process_ends(

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from store.job_records import EventKind, JobRecord, JobState
-from tests.trainer.job_stage import Stage, stage
+from tests.trainer.job_stage import TENANT, Stage, stage
 from tests.trainer.kill_points import KILL_POINTS, STEPS, bring_to, let_go_on, start_host
 from trainer.journal import HAS_PROCESS
 from trainer.recovery import recovery_of
@@ -27,6 +27,9 @@ async def whole(s: Stage, state: JobState) -> JobRecord:
     assert job.state is end, job.error
     events = await s.events("one")
     assert [event.sequence for event in events] == list(range(1, len(events) + 1))
+    for seen in range(len(events)):  # however much a watcher had seen when it came back
+        watched = [each async for each in s.jobs.watch(TENANT, "one", after=seen, heartbeat_s=60.0)]
+        assert watched == events[seen:]
     states = await s.states("one")
     assert [found for found in states if JobState(found).is_final] == [end.value]
     steps = await s.steps("one")
@@ -46,7 +49,7 @@ async def test_kill_job_process(tmp_path: Path, state: JobState) -> None:
     async with stage(tmp_path) as s:
         await bring_to(s, state)
         job = await s.job("one")
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while not (found := s.processes(job)):
                 await asyncio.sleep(0.02)
         for pid in found:

@@ -19,8 +19,10 @@ from tests.trainer.proxy import Proxy
 from tests.trainer.training_run import Ended, adapter_config, read, resolved, start
 from trainer.backends import LoadRequest, import_backend
 from trainer.checkpoint import folder_of, verified_manifest
+from trainer.ending import Failed, ending
 from trainer.environment import training_environment
 from trainer.events import FailureReason, WorkerEventKind
+from trainer.life import EXIT_STORAGE_FULL
 from trainer.rows import IGNORED
 from trainer.spec import (
     DEFAULT_TARGET_MODULES,
@@ -306,6 +308,19 @@ class TestWithOtherRuns:
         assert failure.reason is FailureReason.STORAGE_FULL and "free some space" in failure.message
         assert [path.name for path in ended.run.checkpoints.iterdir()] == ["checkpoint-3"]
         assert not ended.run.manifest.exists()
+
+    def test_pitfalls_a_disk_without_room_for_a_word_is_told_by_the_exit_code(
+        self, tiny: Path, rows: Path, tmp_path: Path
+    ) -> None:
+        def fill(run: Any) -> None:
+            run.events.symlink_to("/dev/full")
+            run.exit.with_name("exit.json.new").symlink_to("/dev/full")
+
+        ended = start(tmp_path / "run", tiny, rows, prepare=fill).wait()
+        assert ended.code == EXIT_STORAGE_FULL, ended.log[-3000:]
+        assert not ended.run.exit.exists() and not ended.run.manifest.exists()
+        how = ending(ended.run, ended.code)
+        assert isinstance(how, Failed) and how.failure.reason is FailureReason.STORAGE_FULL
 
     def test_pitfalls_other_errors_are_named_and_their_trace_is_logged(
         self, rows: Path, tmp_path: Path
