@@ -30,10 +30,25 @@ async def child_process(
         if child.poll() is None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(child.pid, signal.SIGKILL)
-            await exit_code(child)
+            await _reaped(child)
         for pipe in (child.stdin, child.stdout, child.stderr):
             if pipe is not None:
                 pipe.close()
+
+
+async def _reaped(child: subprocess.Popen[bytes]) -> None:
+    """Wait for the end of a child that was killed, also if who waits is cancelled again: a second
+    cancel would leave a process that nobody waits for, and its pipes."""
+    reaping = asyncio.ensure_future(exit_code(child))
+    cancelled: asyncio.CancelledError | None = None
+    while not reaping.done():
+        try:
+            await asyncio.shield(reaping)
+        except asyncio.CancelledError as error:
+            cancelled = error
+    reaping.result()
+    if cancelled is not None:
+        raise cancelled
 
 
 def _start(command: Sequence[str], options: dict[str, Any]) -> subprocess.Popen[bytes]:

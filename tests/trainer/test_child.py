@@ -106,3 +106,31 @@ def test_none_crashes_while_grpc_is_at_work() -> None:
     )
     assert done.stdout.split() == ["0", str(STARTS)]
     assert "fork" not in done.stderr, "gRPC says of each that it looked"
+
+
+async def test_a_second_cancel_leaves_no_process_and_no_pipe(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The kernel takes its time to end it: here until the second cancel has come."""
+    children: list[subprocess.Popen[bytes]] = []
+    started, killed = asyncio.Event(), asyncio.Event()
+
+    async def wait() -> None:
+        async with child_process(["sleep", "60"], stdout=subprocess.PIPE) as child:
+            children.append(child)
+            started.set()
+            await asyncio.Event().wait()
+
+    monkeypatch.setattr(os, "killpg", lambda pid, number: killed.set())
+    task = asyncio.create_task(wait())
+    await started.wait()
+    task.cancel()
+    await killed.wait()
+    for _ in range(3):
+        task.cancel()
+        await asyncio.sleep(0)
+    (child,) = children
+    child.kill()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert child.returncode == -9 and child.stdout is not None and child.stdout.closed

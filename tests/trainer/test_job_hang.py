@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import signal
 from pathlib import Path
 
@@ -47,7 +48,8 @@ async def test_a_process_that_hangs_each_time_fails_the_job(tmp_path: Path) -> N
         job = await s.ended("one")
         assert job.state is JobState.FAILED and job.error is not None
         assert job.error["reason"] == "TRAINER_LOST"
-        assert "attempt 2 did not get on for" in job.error["message"]
+        # On a busy machine the second may be ended before it has loaded.
+        assert re.search("attempt 2 did not get on for|while it loaded", job.error["message"])
 
 
 async def test_a_process_that_waits_for_something_is_not_ended_before_its_time(
