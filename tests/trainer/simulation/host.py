@@ -48,6 +48,7 @@ class Host:
             python="python",
             environment={},
             stall_timeout_s=4.0,
+            clock_ns=world.clock_ns,
         )
 
     def spawn(self, work: Any) -> asyncio.Task[Any]:
