@@ -116,7 +116,7 @@ class JobProcess:
     async def follow(self, job: JobRecord) -> None:
         """Take in what the attempt says until it ends, and decide what follows."""
         attempt = self._attempt_of(job)
-        if job.state is JobState.PREPARING and not attempt.was_started:
+        if job.state is JobState.PREPARING and not await attempt.was_started():
             try:
                 job = await self._start(job, attempt)
             except TrainingError as error:
