@@ -95,7 +95,6 @@ class DeviceQueue:
         if uid in holders:
             holders.remove(uid)
             self._shares.end(uid, self._clock_ns())
-            self._places = None
             if not holders:
                 del self._holders[device]
                 self._free.append(device)

@@ -186,6 +186,17 @@ async def test_what_a_run_holds_counts_while_it_runs_and_after_it() -> None:
     assert await waiting[0] == GPU
 
 
+async def test_what_was_given_back_counts_as_long_as_it_was_held() -> None:
+    clock = Hand()
+    queue = DeviceQueue([GPU], clock_ns=clock)
+    for tenant, held_s in (("a", 1), ("b", 5)):
+        device = await queue.take(claim(tenant, 1, tenant=tenant))
+        clock.passes(held_s)
+        queue.give_back(device, tenant)
+    waiting = [claim("b1", 1, tenant="b"), claim("a1", 2, tenant="a")]
+    assert await granted(queue, waiting) == ["a1", "b1"]
+
+
 async def test_a_job_that_came_now_is_told_its_place_and_a_free_device_none() -> None:
     clock = Hand()
     queue = DeviceQueue([GPU], clock_ns=clock)

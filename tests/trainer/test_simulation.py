@@ -42,7 +42,8 @@ def test_simulation() -> None:
     print(
         f"\n{SEEDS} seeds from 0, 0 violations: {total.points} points at which the host might "
         f"have died, {total.hosts} hosts, {total.processes} training processes, {total.events} "
-        f"events, {total.grants} jobs passed by others, jobs {ended}, in {time.monotonic() - began_s:.0f} s"
+        f"events, {total.grants} jobs passed by another, jobs {ended}, "
+        f"in {time.monotonic() - began_s:.0f} s"
     )
     assert set(total.states) == {JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED}
     assert total.hosts > SEEDS and total.processes > SEEDS and total.grants
