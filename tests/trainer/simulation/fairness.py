@@ -1,8 +1,8 @@
 """Whether devices were given in a fair order, told from what the store wrote down alone.
 
 It has the rules of `trainer/fair_order.py` in words of its own, and all events from the first one
-on, so it also sees what a host forgot. A host hears of a job a moment after the store or before
-it; so every claim is a range, and what may have been right is not judged.
+on. A host hears of a job a moment after the store or before it; so every claim is a range, and what
+may have been right is not judged.
 """
 
 from __future__ import annotations
