@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import sqlite3
 from pathlib import Path
 
 from store.job_records import JobRecord, JobState
@@ -62,8 +64,15 @@ async def test_what_tenants_had_is_known_to_the_next_gateway(tmp_path: Path) -> 
         told = [("acme", 0, 4), ("fourth", 0, 3), ("fourth", 1, 1), ("acme", -1, 4)]
         for tenant, priority, place in told:
             assert s.jobs.position_of_new(tenant, priority) == place
+        assert s.jobs.position_of_new("third", 0) == 3
+        await s.stop()
+        with contextlib.closing(sqlite3.connect(tmp_path / "registry.sqlite")) as db, db:
+            db.execute("UPDATE device_use SET used_s = 1800 WHERE tenant = 'acme'")
+            an_hour_ns = 3600 * 10**9
+            db.execute("UPDATE job SET device_time_ns = device_time_ns - ?", (an_hour_ns,))
         await s.restart()
         assert await places(s, *waiting) == [3, 2, 1]
+        assert s.jobs.position_of_new("third", 0) == 4, "it has the device for an hour"
         (tmp_path / "go").touch()
         ended = [await reached(s, *name, JobState.SUCCEEDED) for name in waiting]
         (use,) = [use for use in await s.store.device_uses() if use.tenant == "third"]
@@ -71,4 +80,4 @@ async def test_what_tenants_had_is_known_to_the_next_gateway(tmp_path: Path) -> 
     starts = [job.start_time_ns or 0 for job in ended]
     assert sorted(starts) == [starts[2], starts[1], starts[0]]
     assert first.start_time_ns and blocker.start_time_ns == use.grant_time_ns
-    assert use.used_s > 0
+    assert use.used_s > 3000
