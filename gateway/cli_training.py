@@ -89,6 +89,9 @@ async def train(
     ] = None,
     format: Format = None,
     label: Labels = None,
+    priority: Annotated[
+        int, typer.Option(min=-10, max=10, help="Higher ones get a device first.")
+    ] = 0,
     prompt: Annotated[
         str,
         typer.Option(
@@ -135,10 +138,10 @@ async def train(
     dataset = await _uploaded(client, file, dataset_name, keywords, json)
     keywords["dataset"] = dataset.name
     spec = job_spec(None, keywords)
-    await _checked(client, spec, json)
+    await _checked(client, spec, priority, json)
     if not (yes or json) and sys.stdin.isatty() and sys.stdout.isatty():
         await _confirm()
-    job = await client.training.create_job(spec, job_id=name, labels=labels)
+    job = await client.training.create_job(spec, job_id=name, labels=labels, priority=priority)
     if json:
         typer.echo(as_json(CreateJobResponse(job=job), indent=None))
     else:
@@ -207,7 +210,7 @@ async def _uploaded(
     return dataset
 
 
-async def _checked(client: GatewayClient, spec: JobSpec, json: bool) -> None:
+async def _checked(client: GatewayClient, spec: JobSpec, priority: int, json: bool) -> None:
     """Show what was found in the dataset and what the job would cost; exit if it is not valid."""
     with bar(f"reading {spec.dataset}"):
         report = await client.training.validate_dataset(spec.dataset, data=spec.data)
@@ -219,7 +222,7 @@ async def _checked(client: GatewayClient, spec: JobSpec, json: bool) -> None:
     if not report.valid:
         typer.echo("error: the dataset is not valid, so nothing was started", err=True)
         raise typer.Exit(1)
-    estimate = await client.training.estimate_job(spec)
+    estimate = await client.training.estimate_job(spec, priority=priority)
     if json:
         typer.echo(as_json(EstimateJobResponse(estimate=estimate), indent=None))
     else:

@@ -172,7 +172,7 @@ class ControlPlane:
         """What the status page shows of it."""
         return Sights(
             *(self._ledger, self._registry, self._training.store, self._arms),
-            *(self._throughput, self._processes, self._shards),
+            *(self._throughput, self._processes, self._shards, self._training.queue_position),
         )
 
     @property

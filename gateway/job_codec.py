@@ -14,6 +14,7 @@ from lora_gateway.v1 import errors_pb2
 from lora_gateway.v1 import training_pb2 as pb
 from lora_gateway.v1.inference_pb2 import ModelFingerprints
 from store.job_records import EventKind, JobEventRecord, JobRecord, JobState
+from trainer.claim import MAX_PRIORITY, MIN_PRIORITY
 from trainer.estimate import Estimate
 from trainer.events import (
     Checkpoint,
@@ -44,6 +45,12 @@ def decode_states(numbers: Iterable[int], wrong: list[Violation]) -> list[JobSta
     return states
 
 
+def priority_violations(priority: int) -> Iterable[Violation]:
+    """What is wrong with a priority."""
+    if not MIN_PRIORITY <= priority <= MAX_PRIORITY:
+        yield Violation("priority", f"must be {MIN_PRIORITY} to {MAX_PRIORITY}")
+
+
 def encode_draft(request: pb.CreateJobRequest, resolved: JobSpec) -> pb.Job:
     """A job that was only checked. It has no state: it is none yet."""
     publishes = resolved.publish is not None
@@ -54,6 +61,7 @@ def encode_draft(request: pb.CreateJobRequest, resolved: JobSpec) -> pb.Job:
         effective_spec=encode(resolved, pb.JobSpec()),
         publication=encode_publication(Publication(state=state, adapter=resolved.adapter)),
         labels=request.labels,
+        priority=request.priority,
     )
 
 
@@ -67,8 +75,8 @@ def encode_heartbeat(heartbeat: Heartbeat) -> pb.Heartbeat:
     )
 
 
-def encode_estimate(estimate: Estimate) -> pb.Estimate:
-    """What a job would cost."""
+def encode_estimate(estimate: Estimate, queue_position: int) -> pb.Estimate:
+    """What a job would cost, and its place in the queue."""
     return pb.Estimate(
         tokens=estimate.tokens,
         steps=estimate.steps,
@@ -82,6 +90,7 @@ def encode_estimate(estimate: Estimate) -> pb.Estimate:
         lora_scale=estimate.lora_scale,
         measured=estimate.measured,
         warnings=estimate.warnings,
+        queue_position=queue_position,
     )
 
 
@@ -113,6 +122,7 @@ def encode_job(record: JobRecord, queue_position: int = 0) -> pb.Job:
         checkpoint_step=checkpoint_step,
         manifest=None if record.manifest is None else _manifest(record.manifest),
         labels=record.labels,
+        priority=record.priority,
         attempt=record.attempt,
         notices=[_notice(notice) for notice in record.notices],
         attempts_left=attempts_left(JobSpec.model_validate(record.effective_spec), recovery),

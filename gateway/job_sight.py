@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
 
 from gateway.loss_curve import LossCurve
 from gateway.status import JobStatus
@@ -21,6 +21,17 @@ _ACTIVE = [state for state in JobState if not state.is_final]
 _ENDED = [state for state in JobState if state.is_final]
 _HAS_ETA = frozenset({JobState.RUNNING})
 _TOLD_PUBLICATIONS = frozenset({"gating", "rejected", "serving", "failed"})
+
+
+class JobSights(Protocol):
+    """What is looked at."""
+
+    @property
+    def jobs(self) -> JobStore: ...
+
+    @property
+    def queue_position(self) -> Callable[[JobRecord], int]:
+        """Tells from 1 for the job that is next; 0 for one that is not QUEUED."""
 
 
 class _Curves:
@@ -46,8 +57,9 @@ class JobSight:
         self._curves: dict[str, _Curves] = {}
         """By uid."""
 
-    async def read(self, store: JobStore, tenant: str) -> tuple[list[JobStatus], int]:
+    async def read(self, sights: JobSights, tenant: str) -> tuple[list[JobStatus], int]:
         """The newest jobs, those that have not ended first; and how many have not ended."""
+        store = sights.jobs
         active = await store.jobs(tenant, limit=ACTIVE_SHOWN, states=_ACTIVE)
         ended = await store.jobs(tenant, limit=ENDED_SHOWN, states=_ENDED)
         count = sum(key.tenant == tenant for key in await store.active_jobs())
@@ -56,7 +68,9 @@ class JobSight:
         self._curves = {job.uid: before.get(job.uid) or _Curves() for job in jobs}
         for job in jobs:
             await self._follow(store, job)
-        return [_status(job, self._curves[job.uid]) for job in jobs], count
+        return [
+            _status(job, sights.queue_position(job), self._curves[job.uid]) for job in jobs
+        ], count
 
     async def _follow(self, store: JobStore, job: JobRecord) -> None:
         curves = self._curves[job.uid]
@@ -78,7 +92,7 @@ class JobSight:
             curves.sequence = max(curves.sequence, job.last_sequence)
 
 
-def _status(job: JobRecord, curves: _Curves) -> JobStatus:
+def _status(job: JobRecord, queue_position: int, curves: _Curves) -> JobStatus:
     progress: Mapping[str, Any] = job.progress or {}
     publication = str(job.publication.get("state", ""))
     eta_s = progress.get("eta_s") if job.state in _HAS_ETA else None
@@ -87,6 +101,8 @@ def _status(job: JobRecord, curves: _Curves) -> JobStatus:
         adapter=job.adapter,
         state=job.state.value,
         is_final=job.state.is_final,
+        priority=job.priority,
+        queue_position=queue_position,
         device=job.device,
         time_s=(job.end_time_ns or job.create_time_ns) / 1e9,
         step=progress.get("step", 0),

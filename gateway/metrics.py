@@ -163,12 +163,21 @@ _gate_rejections = Counter(
     "shape, other. One may have several.",
     ["reason"],
 )
+_training_wait = Histogram(
+    "training_queue_wait_seconds",
+    "How long training jobs were queued until they had a device, by priority: low is below 0, "
+    "normal 0, high above.",
+    ["priority"],
+    buckets=(1.0, 10.0, 60.0, 300.0, 900.0, 1800.0, 3600.0, 7200.0, 14400.0, 43200.0, 86400.0),
+)
 registry_commit = Histogram(
     "registry_commit_seconds",
     "Transactions of the registry and the jobs, until they are durable.",
     buckets=LATENCY_BUCKETS_S,
 )
 
+for _priority in ("low", "normal", "high"):
+    _training_wait.labels(_priority)
 for _counter, _reasons in (
     (_series_dropped, Dropped),
     (_shed, Shed),
@@ -177,6 +186,12 @@ for _counter, _reasons in (
 ):
     for _reason in _reasons:
         _counter.labels(_reason.value)
+
+
+def observe_training_wait(priority: int, wait_s: float) -> None:
+    """Note how long one training job was queued."""
+    label = "normal" if priority == 0 else "high" if priority > 0 else "low"
+    _training_wait.labels(label).observe(wait_s)
 
 
 def know_shard(shard: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from engine.ledger import Ledger
@@ -9,6 +10,7 @@ from gateway.arms import Arms
 from gateway.processes import Processes
 from gateway.shards import Shards
 from gateway.throughput import Throughput
+from store.job_records import JobRecord
 from store.jobs import JobStore
 from store.registry import Registry
 
@@ -25,3 +27,5 @@ class Sights:
     processes: Processes
     shards: Shards | None
     """None until the cores run."""
+    queue_position: Callable[[JobRecord], int]
+    """From 1 for the job that is next; 0 for one that is not QUEUED."""

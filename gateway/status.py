@@ -131,6 +131,9 @@ class JobStatus:
     adapter: str
     state: str
     is_final: bool
+    priority: int
+    queue_position: int
+    """From 1 for the one that is next; 0: it does not wait for a device."""
     device: str
     time_s: float
     """When it was made, or ended."""

@@ -54,7 +54,7 @@ class StatusReader:
         keepers, tenant = self._keepers(), Principal().tenant
         sights = None if self.control is None else self.control.sights
         registry = None if sights is None else sights.registry
-        jobs, active = ([], 0) if sights is None else await self._jobs.read(sights.jobs, tenant)
+        jobs, active = ([], 0) if sights is None else await self._jobs.read(sights, tenant)
         numbers = {} if self.fleet is None else self.fleet.numbers
         return Status(
             phase=self.phase(),

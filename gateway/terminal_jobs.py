@@ -47,6 +47,7 @@ def print_job(job: Job, json: bool) -> None:
         ("state", state_text(job.state)),
         ("error", error_text(job)),
         ("queue_position", str(job.queue_position or "")),
+        ("priority", str(job.priority or "")),
         ("dataset", job.spec.dataset),
         ("adapter", job.spec.adapter),
         ("progress", progress_text(job.progress) if job.HasField("progress") else ""),
@@ -69,12 +70,15 @@ def print_job(job: Job, json: bool) -> None:
 
 def print_jobs(jobs: Iterable[Job]) -> None:
     """A table, one job a row."""
-    shown = table("job", "state", "adapter", "dataset", "step", "loss", "published", "created")
+    columns = ("job", "state", "queue", "priority", "adapter", "dataset", "step", "loss")
+    shown = table(*columns, "published", "created")
     for job in jobs:
         steps = f"{job.progress.step}/{job.progress.total_steps}"
         shown.add_row(
             printable(job.name),
             state_text(job.state),
+            str(job.queue_position or ""),
+            str(job.priority or ""),
             printable(job.spec.adapter),
             printable(job.spec.dataset),
             steps if job.HasField("progress") else "",
@@ -96,6 +100,7 @@ def print_estimate(estimate: Estimate) -> None:
         ("memory", f"{size_text(estimate.memory_bytes)} of {available}"),
         ("time", f"{duration_text(estimate.duration.ToTimedelta().total_seconds())} ({source})"),
         ("cost", cost),
+        ("queue", f"number {estimate.queue_position}" if estimate.queue_position else ""),
         ("adapter", size_text(estimate.adapter_bytes)),
         ("lora_scale", f"{estimate.lora_scale:.4g}"),
         *(("warning", warning) for warning in estimate.warnings),

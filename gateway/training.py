@@ -155,7 +155,10 @@ class Training(TrainingServicer):
     async def CreateJob(
         self, request: pb.CreateJobRequest, context: Context
     ) -> pb.CreateJobResponse:
-        wrong = [*label_violations(request.labels, "labels")]
+        wrong = [
+            *label_violations(request.labels, "labels"),
+            *job_codec.priority_violations(request.priority),
+        ]
         if request.job_id:
             wrong += name_violations(request.job_id, "job_id")
         if len(request.request_id.encode()) > MAX_REQUEST_ID_BYTES:
@@ -169,6 +172,7 @@ class Training(TrainingServicer):
             spec,
             name=request.job_id,
             labels=dict(request.labels),
+            priority=request.priority,
             request_id=request.request_id,
         )
         return pb.CreateJobResponse(job=self._encoded(record))
@@ -176,10 +180,12 @@ class Training(TrainingServicer):
     async def EstimateJob(
         self, request: pb.EstimateJobRequest, context: Context
     ) -> pb.EstimateJobResponse:
-        spec = spec_codec.decode_spec(request.spec)
+        wrong = [*job_codec.priority_violations(request.priority)]
+        spec = spec_codec.decode_spec(request.spec, wrong)
         with self._admission.slot():
             estimate = await self._jobs.estimate(_tenant(), spec)
-        return pb.EstimateJobResponse(estimate=job_codec.encode_estimate(estimate))
+        position = self._jobs.position_of_new(_tenant(), request.priority)
+        return pb.EstimateJobResponse(estimate=job_codec.encode_estimate(estimate, position))
 
     async def GetJob(self, request: pb.GetJobRequest, context: Context) -> pb.GetJobResponse:
         refuse(name_violations(request.name, "name"))

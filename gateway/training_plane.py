@@ -16,6 +16,7 @@ from engine.base_model import ModuleShapes
 from engine.catalog import AdapterCatalog
 from engine.shard import Shard
 from engine.trial import Trial
+from gateway import metrics
 from gateway.admission import Admission, Slots
 from gateway.checkpoint_sources import TRAIN_SCHEME, CheckpointSources
 from gateway.gating import CheckpointGate
@@ -24,6 +25,7 @@ from gateway.publishing import CatalogPublisher
 from gateway.settings import PRICE, Settings
 from gateway.training import Training
 from store.datasets import DatasetFiles
+from store.job_records import JobRecord
 from store.jobs import JobStore
 from store.registry import Registry
 from store.uploads import DATASET_UPLOADS, UploadStore
@@ -97,6 +99,7 @@ class TrainingPlane:
             environment=environment,
             price=_price(settings.training_price),
             stall_timeout_s=settings.training_stall_timeout_s,
+            observe_wait=metrics.observe_training_wait,
         )
         return Training(
             self.store,
@@ -121,6 +124,10 @@ class TrainingPlane:
     async def pulse(self) -> Pulse:
         """How many jobs there are, and how their processes do."""
         return await take_pulse(self.store, self._state_dir / JOBS_FOLDER)
+
+    def queue_position(self, job: JobRecord) -> int:
+        """From 1 for the job that is next; 0 for one that is not QUEUED."""
+        return 0 if self._jobs is None else self._jobs.queue_position(job)
 
     async def sweep_uploads(self) -> None:
         """Drop uploads that nobody went on with."""

@@ -87,6 +87,12 @@ TRANSITIONS: Mapping[JobState, frozenset[JobState]] = {
 }
 
 
+HAS_PROCESS = frozenset(
+    {JobState.PREPARING, JobState.RUNNING, JobState.PAUSING, JobState.CANCELLING}
+)
+"""States in which a job may have a training process, and a device for it."""
+
+
 class Intent(enum.Enum):
     """What its owner wants of a job, kept apart from where it stands: it survives a restart."""
 
@@ -166,6 +172,7 @@ class NewJob:
     spec: Mapping[str, Any]
     """A `trainer.spec.JobSpec` as asked for, unset fields left out."""
     labels: Mapping[str, str] = field(default_factory=dict)
+    priority: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,6 +195,8 @@ class JobRecord:
     fingerprints: Mapping[str, str]
     """Of the base model that it was made for, by the contract's field names."""
     labels: Mapping[str, str]
+    priority: int
+    """Higher is earlier; see `trainer/fair_order.py`."""
     state: JobState
     intent: Intent
     epoch: int
@@ -213,6 +222,10 @@ class JobRecord:
     recovery: Mapping[str, Any]
     """A `trainer.recovery.Recovery`."""
     create_time_ns: int
+    queue_time_ns: int | None
+    """When it was last QUEUED; None: it never was."""
+    device_time_ns: int | None
+    """When it was given the device that it has; None: it has none."""
     start_time_ns: int | None
     """When its first training process was started."""
     end_time_ns: int | None

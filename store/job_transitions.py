@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 from store.job_records import (
+    HAS_PROCESS,
     MAX_NOTICES,
     TRANSITIONS,
     EventKind,
@@ -49,12 +50,16 @@ def _moved(record: JobRecord, state: JobState, now_ns: int) -> JobRecord:
     if state not in TRANSITIONS[record.state]:
         raise JobTransitionRefused(record, state)
     start_time_ns = record.start_time_ns
-    if state is JobState.PREPARING and start_time_ns is None:
-        start_time_ns = now_ns
+    device_time_ns = record.device_time_ns if state in HAS_PROCESS else None
+    if state is JobState.PREPARING:
+        device_time_ns = now_ns
+        start_time_ns = now_ns if start_time_ns is None else start_time_ns
     return replace(
         record,
         state=state,
         epoch=record.epoch + 1,
+        queue_time_ns=now_ns if state is JobState.QUEUED else record.queue_time_ns,
+        device_time_ns=device_time_ns,
         start_time_ns=start_time_ns,
         end_time_ns=now_ns if state.is_final else None,
     )

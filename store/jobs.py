@@ -10,6 +10,7 @@ from collections.abc import Collection, Mapping
 from types import TracebackType
 from typing import Any, Protocol, Self
 
+from store.device_use import DeviceUse
 from store.job_records import (
     DatasetRecord,
     EventKind,
@@ -128,11 +129,15 @@ class JobStore(Protocol):
         """How many jobs of all tenants there are in each state, and the attempts of those that
         have not ended."""
 
+    async def device_uses(self) -> list[DeviceUse]:
+        """What each tenant had of the devices lately, by priority of its jobs. Jobs that are
+        deleted stay counted."""
+
     async def change_job(self, seen: JobRecord, change: JobChange) -> JobRecord:
         """Change a job that is still at the epoch that was seen, and write the events.
 
-        A change of state raises the epoch, and sets the start and end time. Raises JobChanged,
-        or JobTransitionRefused.
+        A change of state raises the epoch, sets the times that are told of states, and counts
+        the device that was given or given back. Raises JobChanged, or JobTransitionRefused.
         """
 
     async def intend(self, tenant: str, name: str, intent: Intent) -> JobRecord:

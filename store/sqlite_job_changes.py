@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from store.job_records import Intent, JobActive, JobChange, JobChanged, JobRecord
 from store.job_transitions import changed
+from store.sqlite_device_use import note_device_use
 from store.sqlite_job_events import delete_job_events, write_job_events
 from store.sqlite_job_rows import find_job, read_job, update_job
 
@@ -20,6 +21,7 @@ def change_job(
         raise JobChanged(seen.name, seen.epoch)
     after, events = changed(found, change, now_ns)
     update_job(db, write_job_events(db, after, events, now_ns))
+    note_device_use(db, found, after, now_ns)
     return read_job(db, found.tenant, found.name)
 
 

@@ -75,7 +75,7 @@ def made_before(db: sqlite3.Connection, new: NewJob, request_id: str) -> JobReco
     """The job that the request made, if it is not the first time that it comes."""
     # `<> ''` is what lets SQLite use the index.
     row = db.execute(
-        "SELECT name, asked_name, adapter, dataset, eval_dataset, spec, labels FROM job"
+        "SELECT name, asked_name, adapter, dataset, eval_dataset, spec, labels, priority FROM job"
         " WHERE tenant = ? AND request_id = ? AND request_id <> ''",
         (new.tenant, request_id),
     ).fetchone()
@@ -87,7 +87,7 @@ def made_before(db: sqlite3.Connection, new: NewJob, request_id: str) -> JobReco
     return read_job(db, new.tenant, name)
 
 
-def _asked_for(new: NewJob) -> list[str]:
+def _asked_for(new: NewJob) -> list[str | int]:
     """What has to be the same for a request to be the same, as its columns hold it."""
     return [
         new.name,
@@ -96,6 +96,7 @@ def _asked_for(new: NewJob) -> list[str]:
         new.eval_dataset,
         json_to_column(new.spec),
         json_to_column(new.labels),
+        new.priority,
     ]
 
 
@@ -103,10 +104,10 @@ def _insert(db: sqlite3.Connection, creation: Creation, name: str, uid: str, now
     (number,) = db.execute(_COUNT_UP).fetchone()
     db.execute(
         "INSERT INTO job ("
-        " number, asked_name, adapter, dataset, eval_dataset, spec, labels,"
+        " number, asked_name, adapter, dataset, eval_dataset, spec, labels, priority,"
         " tenant, name, uid, request_id, effective_spec, fingerprints, state, intent, epoch,"
         " attempt, device, ingested_bytes, last_sequence, publication, notices, create_time_ns"
-        ") VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, 1, 0, '', 0, 0, ?, '[]', ?)",
+        ") VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, 1, 0, '', 0, 0, ?, '[]', ?)",
         (
             number,
             *_asked_for(creation.new),

@@ -14,7 +14,7 @@ _SELECT = """
 SELECT tenant, name, uid, number, adapter, dataset, eval_dataset, spec, effective_spec,
        fingerprints, labels, state, intent, epoch, attempt, device, ingested_bytes, last_sequence,
        publication, progress, manifest, error, notices, create_time_ns, start_time_ns, end_time_ns,
-       recovery
+       recovery, priority, queue_time_ns, device_time_ns
 FROM job
 """
 
@@ -85,7 +85,8 @@ def update_job(db: sqlite3.Connection, record: JobRecord) -> None:
     db.execute(
         "UPDATE job SET effective_spec = ?, state = ?, intent = ?, epoch = ?, attempt = ?,"
         " device = ?, ingested_bytes = ?, last_sequence = ?, publication = ?, progress = ?,"
-        " manifest = ?, error = ?, notices = ?, start_time_ns = ?, end_time_ns = ?, recovery = ?"
+        " manifest = ?, error = ?, notices = ?, start_time_ns = ?, end_time_ns = ?, recovery = ?,"
+        " queue_time_ns = ?, device_time_ns = ?"
         " WHERE uid = ?",
         (
             json_to_column(record.effective_spec),
@@ -104,6 +105,8 @@ def update_job(db: sqlite3.Connection, record: JobRecord) -> None:
             record.start_time_ns,
             record.end_time_ns,
             json_to_column(record.recovery),
+            record.queue_time_ns,
+            record.device_time_ns,
             record.uid,
         ),
     )
@@ -142,6 +145,9 @@ def _record(row: tuple[Any, ...]) -> JobRecord:
         start_time_ns,
         end_time_ns,
         recovery,
+        priority,
+        queue_time_ns,
+        device_time_ns,
     ) = row
     return JobRecord(
         tenant=tenant,
@@ -155,6 +161,7 @@ def _record(row: tuple[Any, ...]) -> JobRecord:
         effective_spec=json_from_column(effective_spec),
         fingerprints=mapping_from_column(fingerprints),
         labels=mapping_from_column(labels),
+        priority=priority,
         state=JobState(state),
         intent=Intent(intent),
         epoch=epoch,
@@ -168,6 +175,8 @@ def _record(row: tuple[Any, ...]) -> JobRecord:
         error=None if error is None else json_from_column(error),
         notices=json_from_column(notices),
         create_time_ns=create_time_ns,
+        queue_time_ns=queue_time_ns,
+        device_time_ns=device_time_ns,
         start_time_ns=start_time_ns,
         end_time_ns=end_time_ns,
         recovery=json_from_column(recovery),

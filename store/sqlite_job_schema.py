@@ -66,3 +66,19 @@ RECOVERY_SCHEMA = """
 ALTER TABLE job ADD COLUMN recovery TEXT NOT NULL DEFAULT '{}'
 """
 """What schema 4 has more, JSON; a column behind the others, in a new file too."""
+
+QUEUE_SCHEMA = """
+ALTER TABLE job ADD COLUMN priority INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE job ADD COLUMN queue_time_ns INTEGER;
+ALTER TABLE job ADD COLUMN device_time_ns INTEGER;
+CREATE TABLE device_use (
+    tenant        TEXT NOT NULL,
+    priority      INTEGER NOT NULL,
+    used_s        REAL NOT NULL,       -- not forgotten at time_ns
+    time_ns       INTEGER NOT NULL,
+    grant_time_ns INTEGER NOT NULL,    -- 0: never
+    PRIMARY KEY (tenant, priority)
+) STRICT, WITHOUT ROWID
+"""
+"""What schema 5 has more. The times are NULL of a job that was not QUEUED since, or has no device.
+"""

@@ -15,11 +15,13 @@ from typing import Any
 
 from store import (
     sqlite_datasets,
+    sqlite_device_use,
     sqlite_job_changes,
     sqlite_job_creation,
     sqlite_job_events,
     sqlite_job_rows,
 )
+from store.device_use import DeviceUse
 from store.job_records import (
     DatasetRecord,
     EventKind,
@@ -126,6 +128,9 @@ class SqliteJobs(SqliteThread, JobStore):
 
     async def tally(self) -> JobTally:
         return await self._read(sqlite_job_rows.tally)
+
+    async def device_uses(self) -> list[DeviceUse]:
+        return await self._read(sqlite_device_use.device_uses)
 
     async def change_job(self, seen: JobRecord, change: JobChange) -> JobRecord:
         return await self._write(

@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from store.records import RegistryUnusable
-from store.sqlite_job_schema import JOB_SCHEMA, RECOVERY_SCHEMA
+from store.sqlite_job_schema import JOB_SCHEMA, QUEUE_SCHEMA, RECOVERY_SCHEMA
 from store.sqlite_migration import migrate_1_to_2
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 BUSY_TIMEOUT_S = 5.0
 """Wait for a lock that somebody's `sqlite3` shell holds on the file."""
 
@@ -163,11 +163,8 @@ def _migrate(connection: sqlite3.Connection, path: Path, now_ns: int) -> None:
     elif found == 1:
         with migrate_1_to_2(connection, now_ns):
             _make(connection)
-    elif found == 2:
-        _run(connection, JOB_SCHEMA)  # what schema 3 has more
-        _run(connection, RECOVERY_SCHEMA)
-    elif found == 3:
-        _run(connection, RECOVERY_SCHEMA)
+    elif 2 <= found < SCHEMA_VERSION:
+        _extend(connection, found)
     elif found == 0:
         raise _unusable(path, "it is another program's database")
     else:
@@ -180,8 +177,13 @@ def _migrate(connection: sqlite3.Connection, path: Path, now_ns: int) -> None:
 
 def _make(connection: sqlite3.Connection) -> None:
     _run(connection, SCHEMA)
-    _run(connection, JOB_SCHEMA)
-    _run(connection, RECOVERY_SCHEMA)
+    _extend(connection, 2)
+
+
+def _extend(connection: sqlite3.Connection, version: int) -> None:
+    """Add what schemas after this version have more; 2 and those after it took nothing away."""
+    for script in (JOB_SCHEMA, RECOVERY_SCHEMA, QUEUE_SCHEMA)[version - 2 :]:
+        _run(connection, script)
 
 
 def _run(connection: sqlite3.Connection, script: str) -> None:

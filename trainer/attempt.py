@@ -100,9 +100,10 @@ class Attempt:
         if lives and self._process is None and not await asyncio.to_thread(said_last, self._run):
             raise RunUnattached(self._run)
 
-    @property
-    def was_started(self) -> bool:
+    async def was_started(self) -> bool:
         """Whether a process was ever started for it; the lock is made just before."""
+        if self._starting is not None:  # somebody was cancelled in that
+            await asyncio.wait({self._starting})
         return self._process is not None or self._run.lock.exists()
 
     async def follow(

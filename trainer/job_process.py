@@ -9,9 +9,18 @@ from __future__ import annotations
 import asyncio
 import logging
 
-from store.job_records import EventKind, Intent, JobChange, JobRecord, JobState, NewEvent
+from store.job_records import (
+    HAS_PROCESS,
+    EventKind,
+    Intent,
+    JobChange,
+    JobRecord,
+    JobState,
+    NewEvent,
+)
 from trainer.attempt import Attempt, RunHung
 from trainer.checkpoint import remove_unfinished
+from trainer.claim import Claim
 from trainer.devices import Device
 from trainer.ending import Ending, Finished, Lost, Stopped, lost
 from trainer.environment import training_environment
@@ -20,7 +29,6 @@ from trainer.events import JobFailure
 from trainer.failure import is_storage_full
 from trainer.ingest import as_json
 from trainer.job_folder import JobFolder
-from trainer.journal import HAS_PROCESS
 from trainer.means import Means
 from trainer.recovery import MAX_BACKOFF_S, GiveUp, after_loss, recovery_of, resumed
 from trainer.refusal import refused
@@ -54,7 +62,7 @@ class JobProcess:
         if job.state not in HAS_PROCESS or not job.attempt:
             return
         # As the store has it, and not the plan, which another release may have written.
-        device = queue.hold(job.device, self._uid)
+        device = queue.hold(job.device, Claim.of(job), job.device_time_ns)
         if await self._attempt_of(job).find():
             self._device = device
         else:
@@ -67,7 +75,7 @@ class JobProcess:
         try:
             self._means.require_trainable(job)
             if self._device is None:
-                self._device = await self._means.queue.take(self._uid, job.create_time_ns)
+                self._device = await self._means.queue.take(Claim.of(job))
         except TrainingError as error:
             await self.fail(job, refused(error, job.attempt))
             return
@@ -88,7 +96,7 @@ class JobProcess:
         means = self._means
         means.require_trainable(job)
         if self._device is None:  # it was to be started, and the gateway ended
-            self._device = await means.queue.take(self._uid, job.create_time_ns)
+            self._device = await means.queue.take(Claim.of(job))
         if job.device != self._device.name:
             job = await self._change(job, JobChange(device=self._device.name))
         plan = await means.plan(job, self._device)
@@ -110,7 +118,7 @@ class JobProcess:
     async def follow(self, job: JobRecord) -> None:
         """Take in what the attempt says until it ends, and decide what follows."""
         attempt = self._attempt_of(job)
-        if job.state is JobState.PREPARING and not attempt.was_started:
+        if job.state is JobState.PREPARING and not await attempt.was_started():
             try:
                 job = await self._start(job, attempt)
             except TrainingError as error:

@@ -11,7 +11,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncGenerator, Mapping, Sequence
+import time
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from pathlib import Path
 
 from store.datasets import DatasetFiles
@@ -25,7 +26,7 @@ from store.job_records import (
 from store.jobs import JobStore
 from trainer.admission import Admission
 from trainer.capabilities import Capabilities
-from trainer.device_queue import DeviceQueue
+from trainer.device_queue import DeviceQueue, unobserved
 from trainer.devices import Device
 from trainer.estimate import Estimate, Price
 from trainer.events import Checkpoint, Publication, PublicationState
@@ -72,15 +73,18 @@ class Jobs:
         max_active: int = 1000,
         stall_timeout_s: float = DEFAULT_TIMEOUT_S,
         worker: Sequence[str] = ("-m", WORKER_MODULE),
+        observe_wait: Callable[[int, float], None] = unobserved,
+        clock_ns: Callable[[], int] = time.time_ns,
     ) -> None:
         """`root` is the state folder. `python` is the interpreter that trains, and `worker` what
         it runs with a run's folder; `max_active` is how many jobs may have not ended; one whose
-        process does not get on for `stall_timeout_s` goes on in another."""
+        process does not get on for `stall_timeout_s` goes on in another. See `DeviceQueue` for
+        `observe_wait` and `clock_ns`."""
         self._store = store
         self._folder = root / JOBS_FOLDER
         self._journal = Journal(store, self._folder)
         self._logs = Logs()
-        self._queue = DeviceQueue(devices)
+        self._queue = DeviceQueue(devices, clock_ns=clock_ns, observe_wait=observe_wait)
         self._max_active = max_active
 
         def command(run: RunFolder) -> Sequence[str]:
@@ -98,6 +102,7 @@ class Jobs:
             command=command,
             environment=with_our_sources(environment),
             stall_timeout_s=stall_timeout_s,
+            clock_ns=clock_ns,
         )
         self._admission = Admission(self._means, devices, python=python, price=price)
         self._checkpoints = JobCheckpoints(self._means)
@@ -106,6 +111,8 @@ class Jobs:
         """Jobs that are brought to their end, by uid."""
         self._driving = False
         """Whether `run` has taken over; jobs that are created before wait for it."""
+        self._seeded = False
+        """Whether the queue knows what tenants had of the devices."""
 
     # --- the owner ----------------------------------------------------------
 
@@ -131,6 +138,9 @@ class Jobs:
         gateway.
         """
         try:
+            if not self._seeded:  # before any device is held
+                self._queue.seed(await self._store.device_uses())
+                self._seeded = True
             keys = await self._store.active_jobs()
         except Exception:
             logger.exception("jobs cannot be listed; trying again")
@@ -215,6 +225,10 @@ class Jobs:
         """What a job would cost. Raises as `check` does, and DatasetInvalid."""
         return await self._admission.estimate(tenant, spec)
 
+    def position_of_new(self, tenant: str, priority: int) -> int:
+        """What `queue_position` would tell of a job that was QUEUED now; 0: it would not wait."""
+        return self._queue.position_of_new(tenant, priority)
+
     # --- jobs ---------------------------------------------------------------
 
     async def create(
@@ -224,6 +238,7 @@ class Jobs:
         *,
         name: str = "",
         labels: Mapping[str, str] | None = None,
+        priority: int = 0,
         request_id: str = "",
     ) -> JobRecord:
         """A job, or the one that this request made. Returns at once.
@@ -239,6 +254,7 @@ class Jobs:
             eval_dataset=spec.data.eval_dataset,
             spec=spec.model_dump(mode="json", exclude_defaults=True),
             labels=dict(labels or {}),
+            priority=priority,
         )
         if request_id:  # first: what it needed to be made may be gone since
             made = await self._store.job_of_request(new, request_id)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from store.job_records import (
+    HAS_PROCESS,
     JobChange,
     JobChanged,
     JobEventRecord,
@@ -30,10 +31,6 @@ from trainer.job_folder import JobFolder
 EVENTS_PER_READ = 32
 """Events that a watcher reads at once; a slow one holds no more in memory. One that read none of
 10,000 events cost 600 KiB with 256, and 190 KiB with 32, most of it in gRPC's buffers."""
-
-HAS_PROCESS = frozenset(
-    {JobState.PREPARING, JobState.RUNNING, JobState.PAUSING, JobState.CANCELLING}
-)
 
 T = TypeVar("T")
 

@@ -8,10 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from store.job_records import JobState
+from store.job_records import HAS_PROCESS, JobState
 from store.jobs import JobStore
 from trainer.job_folder import JobFolder
-from trainer.journal import HAS_PROCESS
 
 
 @dataclass(frozen=True, slots=True)

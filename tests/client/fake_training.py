@@ -78,6 +78,7 @@ class FakeTraining(FakeDatasets):
             await fail(context, exists)
         job = await self.add_job(name, request.spec)
         job.labels.update(request.labels)
+        job.priority = request.priority
         if request.request_id:
             self._made[request.request_id] = job
         answer = pb.Job.FromString(job.SerializeToString())

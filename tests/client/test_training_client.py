@@ -101,6 +101,7 @@ async def test_keywords_land_in_their_messages(
     job = await client.training.create_job(
         job_id="mine",
         labels={"team": "search"},
+        priority=-7,
         request_id="once",
         dataset="data",
         adapter="support",
@@ -120,12 +121,13 @@ async def test_keywords_land_in_their_messages(
         max_attempts=5,
         alpha=None,
     )
-    assert (job.name, dict(job.labels)) == ("mine", {"team": "search"})
+    assert (job.name, dict(job.labels), job.priority) == ("mine", {"team": "search"}, -7)
     assert training.requests == [
         pb.CreateJobRequest(
             request_id="once",
             job_id="mine",
             labels={"team": "search"},
+            priority=-7,
             spec=JobSpec(
                 dataset="data",
                 adapter="support",
@@ -226,10 +228,12 @@ async def test_validate_only_creates_nothing(client: GatewayClient, training: Fa
 async def test_an_estimate_takes_the_same_spec(
     client: GatewayClient, training: FakeTraining
 ) -> None:
-    estimate = await client.training.estimate_job(dataset="data", adapter="support", r=8)
+    estimate = await client.training.estimate_job(
+        priority=2, dataset="data", adapter="support", r=8
+    )
     assert estimate == training.estimate
     spec = JobSpec(dataset="data", adapter="support", lora=LoraSpec(r=8))
-    assert training.requests == [pb.EstimateJobRequest(spec=spec)]
+    assert training.requests == [pb.EstimateJobRequest(spec=spec, priority=2)]
 
 
 async def test_jobs_are_listed_page_by_page_newest_first(

@@ -116,6 +116,7 @@ JOB = JobRecord(
     effective_spec={},
     fingerprints={},
     labels={},
+    priority=0,
     state=JobState.RUNNING,
     intent=Intent.RUN,
     epoch=1,
@@ -130,6 +131,8 @@ JOB = JobRecord(
     notices=(),
     recovery={},
     create_time_ns=1,
+    queue_time_ns=None,
+    device_time_ns=None,
     start_time_ns=None,
     end_time_ns=None,
 )

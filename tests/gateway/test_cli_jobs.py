@@ -83,22 +83,29 @@ async def ran(training: FakeTraining, *after: pb.Publication, end: str = "SUCCEE
 async def test_list_and_show_are_tables_or_json(target: str, training: FakeTraining) -> None:
     await ran(training, SERVING)
     await training.add_job("other", pb.JobSpec(dataset="data", adapter="other"))
+    await training.add_job("next", pb.JobSpec(dataset="data", adapter="next"))
+    training.jobs["next"].MergeFrom(pb.Job(queue_position=7, priority=-3))
     training.jobs["run"].notices.add(code="OPTIMIZER_MAPPED", message="to \x1b[31mADAMW\n")
 
     header, *lines = (await printed("jobs", "list", target=target)).splitlines()
-    assert header.split()[:6] == ["job", "state", "adapter", "dataset", "step", "loss"]
-    assert [line.split()[:3] for line in lines] == [
+    assert header.split()[:5] == ["job", "state", "queue", "priority", "adapter"]
+    assert header.split()[5:8] == ["dataset", "step", "loss"]
+    assert lines[0].split()[2:5] == ["7", "-3", "next"]
+    assert [line.split()[:3] for line in lines[1:]] == [
         ["other", "VALIDATING", "other"],
         ["run", "SUCCEEDED", "support"],
     ]
-    assert lines[1].split()[4:6] == ["3/3", "0.6667"], "of the step before the evaluation"
+    assert lines[2].split()[4:6] == ["3/3", "0.6667"], "of the step before the evaluation"
     only = await printed("jobs", "list", "--state", "succeeded", "--json", target=target)
     assert [job["name"] for job in json.loads(only)["jobs"]] == ["run"]
     only = await printed("jobs", "list", "--adapter", "other", "--json", target=target)
     assert [job["name"] for job in json.loads(only)["jobs"]] == ["other"]
 
+    shown = rows(await printed("jobs", "show", "next", target=target))
+    assert (shown["queue_position"], shown["priority"]) == ("7", "-3")
     shown = rows(await printed("jobs", "show", "run", target=target))
     assert shown["state"] == "SUCCEEDED"
+    assert not {"queue_position", "priority"} & set(shown)
     assert shown["progress"].startswith("step 3/3, loss 0.6667, eval loss 0.7")
     assert shown["published"] == "SERVING support@2 with 10 % of the traffic"
     assert shown["logprob difference"].startswith("mean 0.012 (at most 0.2), worst 0.5 (trainer")

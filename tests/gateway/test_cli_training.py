@@ -97,6 +97,7 @@ async def test_options_land_in_the_spec(target: str, training: FakeTraining, fil
         *("--eval-fraction", "0.1", "--max-sequence-tokens", "512", "--backend", "peft"),
         *("--quantization", "none", "--precision", "float32", "--format", "chat"),
         *("--name", "mine", "--dataset-name", "rows", "--label", "team=search"),
+        *("--priority", "-2"),
         target=target,
     )
     assert (result.code, result.errors) == (0, "")
@@ -123,9 +124,10 @@ async def test_options_land_in_the_spec(target: str, training: FakeTraining, fil
     assert isinstance(created, pb.CreateJobRequest)
     assert created.spec == spec
     assert (created.job_id, dict(created.labels)) == ("mine", {"team": "search"})
+    assert created.priority == -2
     # What is validated and estimated is what is trained.
     assert pb.ValidateDatasetRequest(dataset="rows", data=spec.data) in training.requests
-    assert pb.EstimateJobRequest(spec=spec) in training.requests
+    assert pb.EstimateJobRequest(spec=spec, priority=-2) in training.requests
 
 
 async def test_without_options_a_version_gets_no_traffic_and_without_publishing_none_is_made(
@@ -237,6 +239,7 @@ async def test_what_cannot_be_served_is_refused_before_it_is_trained(
         (["--no-publish", "--canary", "5"], "--no-publish goes without"),
         (["--all-traffic", "--canary", "5"], "--all-traffic goes without --canary"),
         (["--canary", "101"], "equal to 100"),
+        (["--priority", "11"], "equal to 10"),
         (["--label", "team"], "KEY=VALUE"),
         (["--backend", "jax"], "jax"),
     ],

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +38,19 @@ async def train(store: SqliteJobs, job: JobRecord, steps: range, **last: Any) ->
     return await store.change_job(job, JobChange(progress=progress[-1], events=events))
 
 
+@dataclass
+class Sights:
+    """A store, and who waits, in order."""
+
+    jobs: SqliteJobs
+    waiting: Sequence[str] = ()
+
+    def queue_position(self, job: JobRecord) -> int:
+        return self.waiting.index(job.uid) + 1 if job.uid in self.waiting else 0
+
+
 async def shown(sight: JobSight, store: SqliteJobs) -> JobStatus:
-    (job,), _ = await sight.read(store, TENANT)
+    (job,), _ = await sight.read(Sights(store), TENANT)
     return job
 
 
@@ -96,12 +108,22 @@ async def test_jobs_at_work_come_first_and_all_of_them_are_counted(store: Sqlite
     for number in range(ACTIVE_SHOWN + 1):
         await bring_to(store, JobState.QUEUED, new_job(f"queued-{number:02}"))
     await bring_to(store, JobState.QUEUED, new_job("of-another", tenant="other"))
-    jobs, active = await JobSight().read(store, TENANT)
+    jobs, active = await JobSight().read(Sights(store), TENANT)
     assert [job.name for job in jobs] == [
         *(f"queued-{number:02}" for number in range(ACTIVE_SHOWN, 0, -1)),
         *(f"ended-{number}" for number in range(ENDED_SHOWN, 0, -1)),
     ]
     assert active == ACTIVE_SHOWN + 1
+
+
+async def test_a_job_that_waits_is_told_with_its_place_and_priority(store: SqliteJobs) -> None:
+    first = await bring_to(store, JobState.QUEUED, new_job("first", priority=-2))
+    second = await bring_to(store, JobState.QUEUED, new_job("second"))
+    await bring_to(store, JobState.RUNNING, new_job("running", priority=4))
+    jobs, _ = await JobSight().read(Sights(store, [second.uid, first.uid]), TENANT)
+    assert [(job.name, job.queue_position, job.priority) for job in jobs] == [
+        *(("running", 0, 4), ("second", 1, 0), ("first", 2, -2))
+    ]
 
 
 async def test_a_name_that_is_used_again_begins_a_curve_of_its_own(store: SqliteJobs) -> None:

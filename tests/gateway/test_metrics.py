@@ -86,6 +86,8 @@ async def _show() -> None:
     metrics.observe_resident("shard-0", 3)
     metrics.observe_load("shard-0", 0.2, True)
     metrics.observe_load("shard-0", 0.3, False)
+    for priority, wait_s in ((-10, 5.0), (0, 90.0), (1, 0.5), (10, 1.5)):
+        metrics.observe_training_wait(priority, wait_s)
     endpoint = endpoint_at("127.0.0.1:0")
     await endpoint.start()
     pages = [await page(endpoint)]
@@ -279,6 +281,10 @@ def test_what_the_host_knows_stays(pages: list[Series]) -> None:
     for shown in pages[:3]:
         assert shown["gateway_workers{state=serving}"] == 2
         assert shown["adapters_resident{shard=shard-0}"] == 3
+        for priority, count, wait_s in (("low", 1, 5.0), ("normal", 1, 90.0), ("high", 2, 2.0)):
+            labels = f"{{priority={priority}}}"
+            assert shown[f"training_queue_wait_seconds_count{labels}"] == count
+            assert shown[f"training_queue_wait_seconds_sum{labels}"] == wait_s
         for result, seconds in (("ok", 0.2), ("failed", 0.3)):
             labels = f"{{result={result},shard=shard-0}}"
             assert shown[f"adapter_load_seconds_count{labels}"] == 1

@@ -132,10 +132,14 @@ async def test_what_changes_is_shown_and_what_stays_is_left_alone() -> None:
         assert await tab.evaluate(line) == 8
         label = await tab.evaluate("document.querySelector('.curve').getAttribute('aria-label')")
         assert label == "Loss from 8.000 at step 1 to 1.000 at step 8 of 10"
+        assert "queue" not in (await texts(tab, "#jobs .facts"))[0]
         assert await tab.evaluate("document.querySelector('#shards h3').mine")
+        shown["jobs"] = (replace(JOB, state="queued", queue_position=2, priority=-3),)
         shown["shards"] = (replace(SHARD, name="b"),)
         await tab.wait_for("document.querySelectorAll('#shards h3').length === 1")
         assert await texts(tab, "#shards h3") == ["b"]
+        facts = (await texts(tab, "#jobs .facts"))[0]
+        assert "place in the queue 2" in facts and "priority -3" in facts
         assert tab.problems == []
 
 

@@ -206,6 +206,7 @@ async def test_a_deleted_dataset_takes_its_rows_along(stub: Any, tmp_path: Path)
 async def test_all_that_is_wrong_with_a_spec_comes_at_once(stub: Any) -> None:
     request = pb.CreateJobRequest(
         job_id="Not A Name",
+        priority=11,
         spec=pb.JobSpec(
             adapter="UPPER",
             hyperparameters=pb.Hyperparameters(epochs=0, learning_rate=7, optimizer=9),  # type: ignore[arg-type]
@@ -217,6 +218,7 @@ async def test_all_that_is_wrong_with_a_spec_comes_at_once(stub: Any) -> None:
     assert refusal.reason == "INVALID_FIELD"
     assert set(refusal.fields) == {
         "job_id",
+        "priority",
         "spec.adapter",
         "spec.dataset",
         "spec.hyperparameters.epochs",
@@ -260,8 +262,9 @@ async def test_a_job_needs_its_dataset_and_the_served_model(stub: Any) -> None:
 
 async def test_a_draft_tells_what_would_be_used_and_keeps_nothing(stub: Any) -> None:
     await upload(stub)
-    request = pb.CreateJobRequest(spec=spec(), validate_only=True)
+    request = pb.CreateJobRequest(spec=spec(), validate_only=True, priority=3)
     draft = (await stub.CreateJob(request)).job
+    assert draft.priority == 3
     assert draft.state == pb.JOB_STATE_UNSPECIFIED
     assert draft.publication.state == pb.PUBLICATION_STATE_NOT_REQUESTED
     assert draft.publication.adapter == "support"
@@ -285,10 +288,15 @@ async def test_a_job_is_made_once_by_a_request_and_ends_when_it_is_cancelled(stu
     await upload(stub)
     request = pb.CreateJobRequest(request_id="r-1", job_id="night", spec=spec())
     request.labels["team"] = "blue"
+    request.priority = -10
     job = (await stub.CreateJob(request)).job
+    assert job.priority == -10
     assert (job.name, job.state) == ("night", pb.JOB_STATE_VALIDATING)
     assert job.publication.state == pb.PUBLICATION_STATE_NOT_REQUESTED
     assert (await stub.CreateJob(request)).job.name == "night"
+    request.priority = 10
+    assert (await refused(stub.CreateJob(request))).reason == "REQUEST_ID_REUSED"
+    request.priority = -10
     request.spec.hyperparameters.epochs = 9
     assert (await refused(stub.CreateJob(request))).reason == "REQUEST_ID_REUSED"
     request.request_id = "r-2"
@@ -333,6 +341,9 @@ async def test_an_estimate_tells_tokens_steps_and_memory(stub: Any) -> None:
     assert estimate.tokens and estimate.memory_bytes and estimate.memory_available_bytes
     assert estimate.adapter_bytes and round(estimate.lora_scale, 1) == 11.3
     assert not estimate.HasField("cost")
+    assert estimate.queue_position == 0, "its device is free"
+    request = pb.EstimateJobRequest(spec=spec(), priority=-11)
+    assert (await refused(stub.EstimateJob(request))).fields == ["priority"]
     await upload(stub, b"[]\n" * 3, upload_id="up-2", dataset="bad")
     refusal = await refused(stub.EstimateJob(pb.EstimateJobRequest(spec=spec(dataset="bad"))))
     assert refusal.reason == "DATASET_INVALID"

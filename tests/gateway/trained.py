@@ -83,6 +83,7 @@ def job_record(labels: Mapping[str, str] | None = None) -> JobRecord:
         effective_spec=resolved().model_dump(mode="json"),
         fingerprints={},
         labels=labels or {},
+        priority=0,
         state=JobState.FINALIZING,
         intent=Intent.RUN,
         epoch=5,
@@ -97,6 +98,8 @@ def job_record(labels: Mapping[str, str] | None = None) -> JobRecord:
         notices=(),
         recovery={},
         create_time_ns=1,
+        queue_time_ns=1,
+        device_time_ns=None,
         start_time_ns=2,
         end_time_ns=None,
     )

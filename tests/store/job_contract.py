@@ -30,6 +30,7 @@ from store.job_records import (
 from store.jobs import JobStore
 from store.records import NAME, InvalidName, RequestIdReused
 from tests.store.dataset_contract import ACTIVE, FINAL, DatasetContract
+from tests.store.device_use_contract import DeviceUseContract
 from tests.store.job_change_contract import JobChangeContract
 from tests.store.job_machine import JobMachine
 from tests.store.job_steps import (
@@ -53,6 +54,7 @@ NEW = NewJob(
     eval_dataset="held-out",
     spec={**SPEC, "modules": ("q_proj", "v_proj"), "rate": 1e-4, "note": "\ud800ü"},
     labels={"team": "data", "ünï": "\n"},
+    priority=-3,
 )
 OF_ONE_JOB: dict[str, Callable[[JobStore, str, str], Awaitable[object]]] = {
     "job": lambda store, tenant, name: store.job(tenant, name),
@@ -66,7 +68,7 @@ async def names(jobs: Awaitable[list[JobRecord]]) -> list[str]:
     return [job.name for job in await jobs]
 
 
-class JobContract(JobChangeContract, DatasetContract):
+class JobContract(JobChangeContract, DeviceUseContract, DatasetContract):
     """Tests of jobs and lists, and by inheritance all others."""
 
     async def test_a_job_begins_with_all_that_was_asked_for(self, make_jobs: MakeJobs) -> None:
@@ -91,6 +93,7 @@ class JobContract(JobChangeContract, DatasetContract):
                 effective_spec=EFFECTIVE_SPEC,
                 fingerprints=FINGERPRINTS,
                 labels={"team": "data", "ünï": "\n"},
+                priority=-3,
                 state=JobState.VALIDATING,
                 intent=Intent.RUN,
                 epoch=1,
@@ -105,6 +108,8 @@ class JobContract(JobChangeContract, DatasetContract):
                 notices=[],
                 recovery={},
                 create_time_ns=job.create_time_ns,
+                queue_time_ns=None,
+                device_time_ns=None,
                 start_time_ns=None,
                 end_time_ns=None,
             )
@@ -216,6 +221,7 @@ class JobContract(JobChangeContract, DatasetContract):
             {"eval_dataset": ""},
             {"spec": SPEC},
             {"labels": {}},
+            {"priority": 0},
         ],
     )
     async def test_a_request_id_stands_for_one_request(

@@ -65,9 +65,10 @@ def new_job(
     adapter: str = "sql",
     dataset: str = "corpus",
     eval_dataset: str = "",
+    priority: int = 0,
 ) -> NewJob:
     """A job to be asked for."""
-    return NewJob(tenant, name, adapter, dataset, eval_dataset, SPEC)
+    return NewJob(tenant, name, adapter, dataset, eval_dataset, SPEC, priority=priority)
 
 
 async def create(

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from store import sqlite_migration, sqlite_schema
+from store.device_use import DeviceUse
 from store.job_records import Intent, JobChange, JobState
 from store.records import (
     AdapterRecord,
@@ -20,13 +21,14 @@ from store.records import (
     VersionRecord,
     VersionState,
 )
-from store.sqlite_job_schema import JOB_SCHEMA, RECOVERY_SCHEMA
+from store.sqlite_job_schema import JOB_SCHEMA, QUEUE_SCHEMA, RECOVERY_SCHEMA
 from store.sqlite_jobs import SqliteJobs
 from store.sqlite_registry import SqliteRegistry
 from tests.store.job_steps import add_dataset, create, new_job
 from tests.store.registry_steps import ONE, TWO, begin
 from tests.store.schema_2 import leave_schema_2
 from tests.store.schema_3 import leave_schema_3
+from tests.store.schema_4 import leave_schema_4
 
 NOW_NS = 5_000
 # As the release that knew schema 1 wrote it.
@@ -89,6 +91,12 @@ def path_2(tmp_path: Path) -> Path:
 def path_3(tmp_path: Path) -> Path:
     leave_schema_3(tmp_path / "db-3")
     return tmp_path / "db-3"
+
+
+@pytest.fixture
+def path_4(tmp_path: Path) -> Path:
+    leave_schema_4(tmp_path / "db-4")
+    return tmp_path / "db-4"
 
 
 def clock_ns() -> int:
@@ -155,11 +163,11 @@ async def test_counters_go_on(path: Path) -> None:
         assert await registry.last_sequence() == 10
 
 
-@pytest.mark.parametrize("schema", [1, 2, 3])
+@pytest.mark.parametrize("schema", [1, 2, 3, 4])
 async def test_it_happens_once_and_leaves_the_tables_of_a_new_file(
-    path: Path, path_2: Path, path_3: Path, tmp_path: Path, schema: int
+    path: Path, path_2: Path, path_3: Path, path_4: Path, tmp_path: Path, schema: int
 ) -> None:
-    path = {1: path, 2: path_2, 3: path_3}[schema]
+    path = {1: path, 2: path_2, 3: path_3, 4: path_4}[schema]
     async with SqliteRegistry(path):
         pass
     migrated = dump(path)
@@ -211,7 +219,7 @@ async def test_what_schema_2_kept_is_left_alone(path_2: Path) -> None:
         assert (await registry.adapter("acme", "sql")).arms == (Arm(1, 100),)
     after = dump(path_2)
     assert set(before[1:]) < set(after)
-    assert (before[0], after[0]) == ("(2,)", "(4,)")
+    assert (before[0], after[0]) == ("(2,)", "(5,)")
     assert not [line for line in set(after) - set(before) if line.startswith("INSERT")]
 
 
@@ -258,10 +266,43 @@ async def test_jobs_of_schema_3_are_what_they_were_and_have_nothing_to_recover_f
         paused = JobChange(state=JobState.PAUSING, recovery={"spent": 1})
         assert (await store.change_job(one, paused)).recovery == {"spent": 1}
         assert (await create(store, new_job("three", dataset="sea"))).number == 3
-    assert (before[0], dump(path_3)[0]) == ("(3,)", "(4,)")
+    assert (before[0], dump(path_3)[0]) == ("(3,)", "(5,)")
 
 
-async def test_a_migration_that_fails_leaves_schema_3(
+async def test_jobs_of_schema_4_have_no_priority_and_nobody_had_a_device(path_4: Path) -> None:
+    before = dump(path_4)
+    async with SqliteJobs(path_4, clock_ns=clock_ns) as store:
+        jobs = await store.jobs("acme", limit=9)
+        assert [(job.priority, job.queue_time_ns, job.device_time_ns) for job in jobs] == [
+            (0, None, None)
+        ] * 3
+        assert [job.recovery for job in jobs] == [{"spent": 1}, {}, {}]
+        assert await store.device_uses() == []
+        three, _, one = jobs
+        await store.change_job(one, JobChange(state=JobState.CANCELLING))  # it ran before
+        assert await store.device_uses() == []
+        started = await store.change_job(three, JobChange(state=JobState.PREPARING))
+        assert started.device_time_ns == NOW_NS
+        assert await store.device_uses() == [DeviceUse("acme", 0, grant_time_ns=NOW_NS)]
+    assert (before[0], dump(path_4)[0]) == ("(4,)", "(5,)")
+
+
+@pytest.mark.parametrize("schema", [3, 4])
+@pytest.mark.parametrize("failing", ["ALTER TABLE job ADD COLUMN device", "CREATE TABLE", "\n"])
+async def test_a_migration_that_fails_leaves_schemas_3_and_4(
+    path_3: Path, path_4: Path, monkeypatch: pytest.MonkeyPatch, schema: int, failing: str
+) -> None:
+    path = {3: path_3, 4: path_4}[schema]
+    before = dump(path)
+    with monkeypatch.context() as patch, pytest.raises(RegistryUnusable):
+        kept, _, _ = QUEUE_SCHEMA.rpartition(failing)  # "\n": all of it
+        patch.setattr(sqlite_schema, "QUEUE_SCHEMA", f"{kept}; FAIL")
+        async with SqliteJobs(path):
+            pass
+    assert dump(path) == before
+
+
+async def test_a_migration_that_fails_early_leaves_schema_3(
     path_3: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = dump(path_3)

@@ -9,10 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from store.job_records import EventKind, JobRecord, JobState
+from store.job_records import HAS_PROCESS, EventKind, JobRecord, JobState
 from tests.trainer.job_stage import TENANT, Stage, stage
 from tests.trainer.kill_points import KILL_POINTS, STEPS, bring_to, let_go_on, start_host
-from trainer.journal import HAS_PROCESS
 from trainer.recovery import recovery_of
 
 HAVE_A_PROCESS = [state for state in JobState if state in HAS_PROCESS]

@@ -67,6 +67,7 @@ class TrainingClient(DatasetCalls):
         *,
         job_id: str = "",
         labels: Mapping[str, str] | None = None,
+        priority: int = 0,
         request_id: str | None = None,
         validate_only: bool = False,
         timeout_s: float | None = None,
@@ -79,6 +80,7 @@ class TrainingClient(DatasetCalls):
             spec: what to train, or give its fields as keywords.
             job_id: the job's name. Empty: made of the adapter's.
             labels: kept with the job and the version.
+            priority: -10 to 10; higher ones are given a device first.
             request_id: calls with the same id make one job. None: one for this call.
             validate_only: check the request and create nothing.
             keywords: fields of `JobSpec` and of the messages in it; see `JobKeywords`.
@@ -94,6 +96,7 @@ class TrainingClient(DatasetCalls):
             job_id=job_id,
             spec=job_spec(spec, keywords),
             labels=labels,
+            priority=priority,
             validate_only=validate_only,
         )
         return (await self._calls.unary(self._stub.CreateJob, request, timeout_s, metadata)).job
@@ -102,6 +105,7 @@ class TrainingClient(DatasetCalls):
         self,
         spec: JobSpec | None = None,
         *,
+        priority: int = 0,
         timeout_s: float | None = None,
         metadata: Metadata | None = None,
         **keywords: Unpack[JobKeywords],
@@ -110,12 +114,13 @@ class TrainingClient(DatasetCalls):
 
         Args:
             spec: as for `create_job`, like the keywords.
+            priority: for which its place in the queue is told.
             timeout_s: None: the client's default for jobs.
 
         Raises:
             InvalidRequest: `create_job` would refuse it.
         """
-        request = EstimateJobRequest(spec=job_spec(spec, keywords))
+        request = EstimateJobRequest(spec=job_spec(spec, keywords), priority=priority)
         timeout_s = self._calls.job_timeout_s if timeout_s is None else timeout_s
         response = await self._calls.unary(self._stub.EstimateJob, request, timeout_s, metadata)
         return response.estimate

@@ -34,6 +34,7 @@ class Host:
     def __init__(self, world: World, number: int) -> None:
         self.world = world
         self.number = number
+        self.began_s = world.clock_ns() / 1e9
         self.died = asyncio.Event()
         self.tasks: set[asyncio.Task[Any]] = set()
         self.store = HostStore(self)
@@ -48,6 +49,7 @@ class Host:
             python="python",
             environment={},
             stall_timeout_s=4.0,
+            clock_ns=world.clock_ns,
         )
 
     def spawn(self, work: Any) -> asyncio.Task[Any]:

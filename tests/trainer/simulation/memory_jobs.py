@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
+from store.device_use import DeviceUse, use_after
 from store.job_records import (
     DatasetRecord,
     EventKind,
@@ -35,6 +36,7 @@ class MemoryJobs:
         self._datasets: dict[tuple[str, str], DatasetRecord] = {}
         self._jobs: dict[JobKey, JobRecord] = {}
         self._events: dict[str, list[JobEventRecord]] = {}
+        self._uses: dict[tuple[str, int], DeviceUse] = {}
 
     async def add_dataset(
         self, tenant: str, name: str, *, sha256: str, size_bytes: int, format: str
@@ -68,6 +70,7 @@ class MemoryJobs:
             effective_spec=effective_spec,
             fingerprints=fingerprints,
             labels=new.labels,
+            priority=new.priority,
             state=JobState.VALIDATING,
             intent=Intent.RUN,
             epoch=1,
@@ -82,6 +85,8 @@ class MemoryJobs:
             notices=[],
             recovery={},
             create_time_ns=now_ns,
+            queue_time_ns=None,
+            device_time_ns=None,
             start_time_ns=None,
             end_time_ns=None,
         )
@@ -102,7 +107,14 @@ class MemoryJobs:
         if found is None or (found.uid, found.epoch) != (seen.uid, seen.epoch):
             raise JobChanged(seen.name, seen.epoch)
         now_ns = self._clock_ns()
-        return self._keep(*changed(found, change, now_ns), now_ns)
+        after, events = changed(found, change, now_ns)
+        use = use_after(self._uses, found, after, now_ns)
+        if use is not None:
+            self._uses[use.tenant, use.priority] = use
+        return self._keep(after, events, now_ns)
+
+    async def device_uses(self) -> list[DeviceUse]:
+        return list(self._uses.values())
 
     async def intend(self, tenant: str, name: str, intent: Intent) -> JobRecord:
         found = await self.job(tenant, name)

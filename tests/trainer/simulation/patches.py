@@ -10,10 +10,12 @@ from typing import Any
 
 import pytest
 
+from store import device_use
+from tests.trainer.simulation.fairness import ADVANCE_S, AGEING_S, HALF_LIFE_S
 from tests.trainer.simulation.host import HOST
 from tests.trainer.simulation.machine import Machine, Process, ending_of
 from tests.trainer.simulation.virtual_loop import VirtualLoop
-from trainer import attempt, job_process, means, recovery
+from trainer import attempt, device_shares, fair_order, job_process, means, recovery
 from trainer.admission import Admission
 from trainer.devices import DeviceFacts
 from trainer.event_file import Line
@@ -148,6 +150,10 @@ def put(patch: pytest.MonkeyPatch, ground: Ground, loop: VirtualLoop) -> None:
     patch.setattr(job_process, "Watchdog", functools.partial(Watchdog, clock_s=loop.time))
     patch.setattr(means, "device_facts", lambda device: DeviceFacts(2**30, 2**30, True))
     patch.setattr(recovery, "BACKOFF_S", 0.5)
+    patch.setattr(fair_order, "AGEING_S", AGEING_S)
+    patch.setattr(fair_order, "ADVANCE_S", ADVANCE_S)
+    patch.setattr(device_shares, "ADVANCE_S", ADVANCE_S)
+    patch.setattr(device_use, "HALF_LIFE_S", HALF_LIFE_S)
     patch.setattr(Admission, "resolve", resolve)
     patch.setattr(RunFolder, "lock", property(lambda run: Lock(ground, run)))
     patch.setattr(JobFolder, "checkpoint", lambda folder, saved: folder.path / saved.folder)

@@ -14,6 +14,7 @@ import pytest
 
 from store.job_records import EventKind, Intent, JobEventRecord, JobRecord, JobState, JobUnknown
 from store.sqlite_jobs import SqliteJobs
+from tests.trainer.simulation.fairness import Fairness, courses
 from tests.trainer.simulation.host import Host, World
 from tests.trainer.simulation.machine import STEPS, Broken
 from tests.trainer.simulation.memory_jobs import MemoryJobs
@@ -23,7 +24,7 @@ from trainer.errors import TrainingError
 from trainer.recovery import attempts_left, recovery_of
 from trainer.spec import Hyperparameters, JobSpec, PublishSpec
 
-TENANT = "acme"
+TENANTS = ("acme", "blue", "coal")
 TROUBLE_S, PATIENCE_S = 15.0, 600.0
 """How long things go wrong, and how long what is left may then take."""
 
@@ -37,6 +38,8 @@ class Found:
     hosts: int = 0
     processes: int = 0
     events: int = 0
+    grants: int = 0
+    """Devices that were given to a job while another waited, once for each that did."""
     states: Counter[JobState] = field(default_factory=Counter)
     trace: list[tuple[Any, ...]] = field(default_factory=list)
 
@@ -46,6 +49,7 @@ class Found:
         self.hosts += other.hosts
         self.processes += other.processes
         self.events += other.events
+        self.grants += other.grants
         self.states += other.states
 
 
@@ -54,14 +58,19 @@ class Story:
 
     def __init__(self, world: World) -> None:
         self.world = world
-        self.names = [f"job-{number}" for number in range(world.chance.choice([1, 1, 2]))]
+        jobs = world.chance.choice([1, 1, 1, 2, 2, 4])
+        self.names = [f"job-{number}" for number in range(jobs)]
+        self.tenants = {name: world.chance.choice(TENANTS[:jobs]) for name in self.names}
+        self.wished: set[str] = set()
+        """Jobs of which somebody wished for something."""
         self.watched: list[str] = []
         self.seen: dict[str, list[int]] = {name: [] for name in self.names}
         self.tasks: list[asyncio.Task[Any]] = []
 
     async def play(self) -> list[JobRecord]:
         world, chance = self.world, self.world.chance
-        await world.store.add_dataset(TENANT, "data", sha256="0" * 64, size_bytes=1, format="")
+        for tenant in sorted(set(self.tenants.values())):
+            await world.store.add_dataset(tenant, "data", sha256="0" * 64, size_bytes=1, format="")
         self.tasks.append(asyncio.create_task(self._hosts()))
         for name in self.names:
             self.tasks.append(asyncio.create_task(self._owner(name, chance.uniform(0.0, 3.0))))
@@ -92,7 +101,8 @@ class Story:
                 task.result()
 
     async def _owner(self, name: str, begins_s: float) -> None:
-        chance = self.world.chance
+        chance, tenant = self.world.chance, self.tenants[name]
+        priority = chance.choice([0, 0, 0, 1, -2])
         await asyncio.sleep(begins_s)
         spec = JobSpec(
             dataset="data",
@@ -103,22 +113,27 @@ class Story:
             cancel_grace_s=chance.choice([0.0, 1.0]),
         )
         while await self._job(name) is None:
-            await self._ask(lambda host: host.jobs.create(TENANT, spec, name=name))
+            await self._ask(
+                lambda host: host.jobs.create(tenant, spec, name=name, priority=priority)
+            )
+        if len(self.names) > 2:  # wishes would hide whose turn it is
+            return
         for _ in range(chance.choice([0, 0, 1, 2, 3])):
             await asyncio.sleep(chance.uniform(0.0, 4.0))
+            self.wished.add(name)
             wish = chance.choice(["pause", "pause", "resume", "resume", "cancel", "discard"])
             if wish in ("cancel", "discard"):
                 discard = wish == "discard"
-                await self._ask(lambda host: host.jobs.cancel(TENANT, name, discard=discard))  # noqa: B023
+                await self._ask(lambda host: host.jobs.cancel(tenant, name, discard=discard))  # noqa: B023
             else:
-                await self._ask(lambda host: getattr(host.jobs, wish)(TENANT, name))  # noqa: B023
+                await self._ask(lambda host: getattr(host.jobs, wish)(tenant, name))  # noqa: B023
 
     async def _watcher(self, name: str) -> None:
         """Sees every event once, in order, whatever becomes of the hosts."""
         seen = self.seen[name]
 
         async def watch(host: Host) -> None:
-            items = host.jobs.watch(TENANT, name, after=len(seen), heartbeat_s=60.0)
+            items = host.jobs.watch(self.tenants[name], name, after=len(seen), heartbeat_s=60.0)
             async for item in items:
                 if isinstance(item, JobEventRecord):
                     if item.sequence != len(seen) + 1:
@@ -136,7 +151,7 @@ class Story:
 
     async def _job(self, name: str) -> JobRecord | None:
         try:
-            found: JobRecord = await self.world.store.job(TENANT, name)
+            found: JobRecord = await self.world.store.job(self.tenants[name], name)
         except JobUnknown:
             return None
         return found
@@ -155,8 +170,8 @@ class Story:
             for job in jobs:
                 paused = job is not None and job.intent is Intent.PAUSE
                 if job is not None and paused and self.world.is_calm and not job.state.is_final:
-                    name = job.name
-                    await self._ask(lambda host: host.jobs.resume(TENANT, name))  # noqa: B023
+                    key = job.key
+                    await self._ask(lambda host: host.jobs.resume(*key))  # noqa: B023
             await asyncio.sleep(1.0)
         raise Broken(f"lost: {[(job.name, job.state, self.seen[job.name]) for job in jobs if job]}")
 
@@ -171,10 +186,12 @@ class Story:
                 raise error
 
 
-async def check(world: World, jobs: list[JobRecord], found: Found) -> None:
+async def check(world: World, story: Story, jobs: list[JobRecord], found: Found) -> None:
     """What must be true of jobs that have ended."""
+    told_of_all = list[tuple[JobRecord, list[JobEventRecord]]]()
     for job in jobs:
-        events = await world.store.job_events(TENANT, job.name, after=0, limit=10_000)
+        events = await world.store.job_events(job.tenant, job.name, after=0, limit=10_000)
+        told_of_all.append((job, events))
         found.events += len(events)
         found.states[job.state] += 1
         found.trace += [
@@ -202,6 +219,9 @@ async def check(world: World, jobs: list[JobRecord], found: Found) -> None:
             assert published == wanted
         elif job.state is JobState.FAILED:
             assert not published
+    fairness = Fairness(courses(told_of_all, story.wished), [host.began_s for host in world.hosts])
+    found.grants += fairness.check()
+    fairness.check_uses(await world.store.device_uses(), world.clock_ns() / 1e9)
     assert not [run for run in world.machine.runs.values() if run.lives and run.process.awake]  # type: ignore[union-attr]
 
 
@@ -240,7 +260,7 @@ def play(seed: int, ground: Ground, loop: VirtualLoop, make_store: Callable[...,
         story = Story(world)
         try:
             jobs = await story.play()
-            await check(world, jobs, found)
+            await check(world, story, jobs, found)
         finally:
             for host in world.hosts:
                 host.died.set()

@@ -1597,6 +1597,7 @@ class Job(google.protobuf.message.Message):
     RESUMED_FROM_FIELD_NUMBER: builtins.int
     LOST_STEPS_FIELD_NUMBER: builtins.int
     RETRY_TIME_FIELD_NUMBER: builtins.int
+    PRIORITY_FIELD_NUMBER: builtins.int
     name: builtins.str
     """name of the job. Format `[a-z0-9][a-z0-9._-]{0,62}`."""
     state: Global___JobState.ValueType
@@ -1604,7 +1605,10 @@ class Job(google.protobuf.message.Message):
     last_sequence: builtins.int
     """last_sequence of its newest event."""
     queue_position: builtins.int
-    """queue_position from 1 while it is QUEUED, else 0."""
+    """queue_position from 1 while it is QUEUED, else 0: its place if nothing came
+    or ended from now on. It changes as other jobs do, and counts jobs of all
+    tenants.
+    """
     checkpoint_step: builtins.int
     """checkpoint_step of the run's result; 0: none yet. ListCheckpoints has all."""
     attempt: builtins.int
@@ -1615,6 +1619,8 @@ class Job(google.protobuf.message.Message):
     """lost_steps that were computed again because no checkpoint had them; of all
     attempts together.
     """
+    priority: builtins.int
+    """priority as given."""
     @property
     def spec(self) -> Global___JobSpec:
         """spec as it was asked for."""
@@ -1697,9 +1703,10 @@ class Job(google.protobuf.message.Message):
         resumed_from: Global___Checkpoint | None = ...,
         lost_steps: builtins.int = ...,
         retry_time: google.protobuf.timestamp_pb2.Timestamp | None = ...,
+        priority: builtins.int = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["create_time", b"create_time", "effective_spec", b"effective_spec", "end_time", b"end_time", "error", b"error", "manifest", b"manifest", "progress", b"progress", "publication", b"publication", "resumed_from", b"resumed_from", "retry_time", b"retry_time", "spec", b"spec", "start_time", b"start_time"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["attempt", b"attempt", "attempts_left", b"attempts_left", "checkpoint_step", b"checkpoint_step", "create_time", b"create_time", "effective_spec", b"effective_spec", "end_time", b"end_time", "error", b"error", "labels", b"labels", "last_sequence", b"last_sequence", "lost_steps", b"lost_steps", "manifest", b"manifest", "name", b"name", "notices", b"notices", "progress", b"progress", "publication", b"publication", "queue_position", b"queue_position", "resumed_from", b"resumed_from", "retry_time", b"retry_time", "spec", b"spec", "start_time", b"start_time", "state", b"state"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["attempt", b"attempt", "attempts_left", b"attempts_left", "checkpoint_step", b"checkpoint_step", "create_time", b"create_time", "effective_spec", b"effective_spec", "end_time", b"end_time", "error", b"error", "labels", b"labels", "last_sequence", b"last_sequence", "lost_steps", b"lost_steps", "manifest", b"manifest", "name", b"name", "notices", b"notices", "priority", b"priority", "progress", b"progress", "publication", b"publication", "queue_position", b"queue_position", "resumed_from", b"resumed_from", "retry_time", b"retry_time", "spec", b"spec", "start_time", b"start_time", "state", b"state"]) -> None: ...
 
 Global___Job: typing_extensions.TypeAlias = Job
 
@@ -2237,6 +2244,7 @@ class CreateJobRequest(google.protobuf.message.Message):
     SPEC_FIELD_NUMBER: builtins.int
     LABELS_FIELD_NUMBER: builtins.int
     VALIDATE_ONLY_FIELD_NUMBER: builtins.int
+    PRIORITY_FIELD_NUMBER: builtins.int
     request_id: builtins.str
     """request_id makes the call safe to repeat: the same id with the same fields
     answers with the job that it made; with other fields it is refused
@@ -2248,6 +2256,12 @@ class CreateJobRequest(google.protobuf.message.Message):
     """
     validate_only: builtins.bool
     """validate_only checks the request and creates nothing."""
+    priority: builtins.int
+    """priority of the job while it waits for a device: higher ones go first, but
+    half an hour of waiting is worth as much as one step. Among equals goes the
+    tenant that had least of the devices lately, then the oldest job. It takes
+    no device from a job that has one. -10 to 10. Default 0.
+    """
     @property
     def spec(self) -> Global___JobSpec:
         """spec of the job. Required."""
@@ -2267,9 +2281,10 @@ class CreateJobRequest(google.protobuf.message.Message):
         spec: Global___JobSpec | None = ...,
         labels: collections.abc.Mapping[builtins.str, builtins.str] | None = ...,
         validate_only: builtins.bool = ...,
+        priority: builtins.int = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["spec", b"spec"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["job_id", b"job_id", "labels", b"labels", "request_id", b"request_id", "spec", b"spec", "validate_only", b"validate_only"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["job_id", b"job_id", "labels", b"labels", "priority", b"priority", "request_id", b"request_id", "spec", b"spec", "validate_only", b"validate_only"]) -> None: ...
 
 Global___CreateJobRequest: typing_extensions.TypeAlias = CreateJobRequest
 
@@ -2303,6 +2318,9 @@ class EstimateJobRequest(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     SPEC_FIELD_NUMBER: builtins.int
+    PRIORITY_FIELD_NUMBER: builtins.int
+    priority: builtins.int
+    """priority as in CreateJobRequest."""
     @property
     def spec(self) -> Global___JobSpec:
         """spec of the job. Required."""
@@ -2311,9 +2329,10 @@ class EstimateJobRequest(google.protobuf.message.Message):
         self,
         *,
         spec: Global___JobSpec | None = ...,
+        priority: builtins.int = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["spec", b"spec"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["spec", b"spec"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["priority", b"priority", "spec", b"spec"]) -> None: ...
 
 Global___EstimateJobRequest: typing_extensions.TypeAlias = EstimateJobRequest
 
@@ -2356,6 +2375,7 @@ class Estimate(google.protobuf.message.Message):
     LORA_SCALE_FIELD_NUMBER: builtins.int
     MEASURED_FIELD_NUMBER: builtins.int
     WARNINGS_FIELD_NUMBER: builtins.int
+    QUEUE_POSITION_FIELD_NUMBER: builtins.int
     tokens: builtins.int
     """tokens that it would see, all epochs together."""
     steps: builtins.int
@@ -2377,6 +2397,10 @@ class Estimate(google.protobuf.message.Message):
     measured: builtins.bool
     """measured is whether duration comes from earlier runs on this device; else
     from the processor's nominal rate.
+    """
+    queue_position: builtins.int
+    """queue_position that it would have if it were QUEUED now; 0: a device is free,
+    and it would not wait. `duration` does not count the time in the queue.
     """
     @property
     def duration(self) -> google.protobuf.duration_pb2.Duration:
@@ -2403,9 +2427,10 @@ class Estimate(google.protobuf.message.Message):
         lora_scale: builtins.float = ...,
         measured: builtins.bool = ...,
         warnings: collections.abc.Iterable[builtins.str] | None = ...,
+        queue_position: builtins.int = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_cost", b"_cost", "cost", b"cost", "duration", b"duration"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_cost", b"_cost", "adapter_bytes", b"adapter_bytes", "cost", b"cost", "currency", b"currency", "duration", b"duration", "lora_scale", b"lora_scale", "measured", b"measured", "memory_available_bytes", b"memory_available_bytes", "memory_bytes", b"memory_bytes", "rows", b"rows", "steps", b"steps", "tokens", b"tokens", "warnings", b"warnings"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_cost", b"_cost", "adapter_bytes", b"adapter_bytes", "cost", b"cost", "currency", b"currency", "duration", b"duration", "lora_scale", b"lora_scale", "measured", b"measured", "memory_available_bytes", b"memory_available_bytes", "memory_bytes", b"memory_bytes", "queue_position", b"queue_position", "rows", b"rows", "steps", b"steps", "tokens", b"tokens", "warnings", b"warnings"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["_cost", b"_cost"]) -> typing.Literal["cost"] | None: ...
 
 Global___Estimate: typing_extensions.TypeAlias = Estimate
