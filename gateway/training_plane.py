@@ -17,6 +17,7 @@ from engine.catalog import AdapterCatalog
 from engine.shard import Shard
 from engine.trial import Trial
 from gateway.admission import Admission, Slots
+from gateway.catalog_library import CatalogLibrary
 from gateway.checkpoint_sources import TRAIN_SCHEME, CheckpointSources
 from gateway.gating import CheckpointGate
 from gateway.preview import Previews
@@ -93,6 +94,7 @@ class TrainingPlane:
             served,
             [Device(name) for name in settings.devices_that_train],
             self._state_dir,
+            library=CatalogLibrary(catalog, registry, shapes),
             python=python,
             environment=environment,
             price=_price(settings.training_price),
