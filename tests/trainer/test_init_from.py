@@ -90,10 +90,10 @@ async def test_a_job_begins_with_a_checkpoint_as_it_was_trained(tmp_path: Path) 
         await s.create("one", Script(steps=3, save_each=True))
         source = await s.ended("one")
         saved = s.run_folder(source).checkpoints
-        for name, asked, step in [
-            ("new", CHECKPOINT, 3),
-            ("old", {"checkpoint": {"job": "one", "step": 2}}, 2),
-        ]:
+        older = {"checkpoint": {"job": "one", "step": 2}}
+        asked_for: dict[str, tuple[Mapping[str, Any], int]]
+        asked_for = {"newest": (CHECKPOINT, 3), "older": (older, 2)}
+        for name, (asked, step) in asked_for.items():
             await create(s, name, asked)
             job = await s.ended(name)
             assert job.state is JobState.SUCCEEDED, job.error

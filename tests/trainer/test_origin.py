@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -23,7 +24,12 @@ def shape(folder: Path) -> LoraSpec:
 def test_the_shape_is_what_config_and_tensors_say(tmp_path: Path) -> None:
     assert shape(write_small_adapter(tmp_path)) == HAS
     # Unsloth writes an expression where others write names.
-    config = {"lora_dropout": None, "use_rslora": None, "target_modules": ".*_proj", "bias": "none"}
+    config: dict[str, Any] = {
+        "lora_dropout": None,
+        "use_rslora": None,
+        "target_modules": ".*_proj",
+        "bias": "none",
+    }
     found = shape(write_small_adapter(tmp_path / "b", ["up_proj"], 4, **config))
     assert found == LoraSpec(
         r=4, alpha=16.0, dropout=0.0, use_rslora=False, target_modules=("up_proj",)
@@ -42,7 +48,7 @@ def test_the_shape_is_what_config_and_tensors_say(tmp_path: Path) -> None:
     ],
 )
 def test_a_shape_that_no_job_trains_is_refused(
-    tmp_path: Path, config: dict[str, object], said: str
+    tmp_path: Path, config: dict[str, Any], said: str
 ) -> None:
     folder = write_small_adapter(tmp_path, **config)
     with pytest.raises(InitFromUnusable, match=said) as refused:
