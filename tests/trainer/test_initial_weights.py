@@ -18,13 +18,14 @@ from trainer.checkpoint import folder_of, sha256_of, steps_of
 from trainer.events import FailureReason, WorkerEventKind
 from trainer.failure import RunFailed
 from trainer.initial_weights import begin_with, put_weights
+from trainer.run_folder import RunFolder
 from trainer.spec import Backend, CheckpointSource, InitFrom
 
 EXACT = {"precision": "float32", "quantization": "none"}
 ROWS = 8
 """Of the dataset that the first run evaluates and the others begin with, all in one batch: so the
 loss of their first step is what an evaluation measures."""
-ONE_STEP = {
+ONE_STEP: dict[str, Any] = {
     "hyperparameters": {
         **EXACT,
         "max_steps": 1,
@@ -154,6 +155,18 @@ def test_the_first_step_computes_what_the_last_evaluation_did(
         after = ended(run)
         [losses[name]] = after.losses
         kept[name] = load_file(folder_of(after.run, 1) / served.name)
+
+    # An attempt that goes on has its checkpoint, and needs nothing else.
+    further = {"hyperparameters": {**ONE_STEP["hyperparameters"], "max_steps": 2}}
+    goes_on = start(
+        tmp_path / "goes_on",
+        tiny,
+        others,
+        {**ONE_STEP, **further, "init_from": named(folder / served.name).model_dump()},
+        backend=backend,
+        resume=str(folder_of(RunFolder(tmp_path / "checkpoint"), 1)),
+    )
+    assert [step["step"] for step in ended(goes_on).steps] == [2]
 
     theirs = load_file(folder / served.name)
     assert theirs.keys() == kept["checkpoint"].keys()
