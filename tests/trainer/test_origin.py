@@ -82,6 +82,7 @@ def test_tensors_that_a_job_would_not_train_are_refused(
 @pytest.mark.parametrize(
     ("content", "said"),
     [(None, "is gone"), (b"[1]", "cannot be read"), (b"\xff" * 64, "cannot be read")],
+    ids=["gone", "other", "damaged"],
 )
 def test_files_that_cannot_be_read_are_no_bug_of_ours(
     tmp_path: Path, name: str, content: bytes | None, said: str
