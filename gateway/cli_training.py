@@ -23,6 +23,7 @@ from gateway.training_options import (
     Format,
     PrecisionName,
     QuantizationName,
+    init_from_of,
     traffic_percent,
 )
 from lora_gateway import (
@@ -69,6 +70,14 @@ async def train(
     no_publish: Annotated[
         bool, typer.Option("--no-publish", help="Keep the result with the job alone.")
     ] = False,
+    init_from: Annotated[
+        str | None,
+        typer.Option(metavar="ADAPTER[@VERSION]", help="Train this version further."),
+    ] = None,
+    init_from_checkpoint: Annotated[
+        str | None,
+        typer.Option(metavar="JOB[/STEP]", help="Train this checkpoint further."),
+    ] = None,
     r: Annotated[int | None, _recipe("Rank of the adapter.", min=1)] = None,
     alpha: Annotated[float | None, _recipe("Scale of the adapter.")] = None,
     dropout: Annotated[float | None, _recipe("On the adapter's input.")] = None,
@@ -117,6 +126,7 @@ async def train(
         raise typer.BadParameter("--no-publish goes without --canary and --all-traffic")
     keywords = JobKeywords(
         adapter=adapter,
+        init_from=init_from_of(init_from, init_from_checkpoint),
         traffic_percent=None if no_publish else percent or 0,
         r=r,
         alpha=alpha,

@@ -78,6 +78,7 @@ from trainer.errors import (
     CheckpointUnknown,
     DatasetInvalid,
     GateRejected,
+    InitFromUnusable,
     InvalidSpec,
     JobNotPausable,
     JobNotResumable,
@@ -277,6 +278,12 @@ _TABLE: tuple[tuple[type[Exception], Callable[..., answers.Answer]], ...] = (
     (
         CheckpointUnknown,
         answers.missing(ErrorReason.ERROR_REASON_CHECKPOINT_NOT_FOUND, "checkpoint", "job", "step"),
+    ),
+    (
+        InitFromUnusable,
+        answers.says(
+            code_pb2.FAILED_PRECONDITION, ErrorReason.ERROR_REASON_INIT_FROM_UNUSABLE, "init_from"
+        ),
     ),
     (GateRejected, answers.gate_rejected),
     (

@@ -28,7 +28,7 @@ from trainer.events import (
 )
 from trainer.journal import Heartbeat
 from trainer.recovery import attempts_left, recovery_of
-from trainer.spec import JobSpec
+from trainer.spec import InitFrom, JobSpec
 
 _STATES = {state: pb.JobState.Value(f"JOB_STATE_{state.name}") for state in JobState}
 _STATE_OF_NUMBER = {int(number): state for state, number in _STATES.items()}
@@ -255,6 +255,7 @@ def _notice(payload: Mapping[str, Any]) -> pb.Notice:
 
 def _manifest(payload: Mapping[str, Any]) -> pb.Manifest:
     manifest = Manifest.model_validate(payload)
+    init_from = manifest.effective_spec.get("init_from")
     return pb.Manifest(
         sha256=manifest.sha256,
         dataset_sha256=manifest.dataset_sha256,
@@ -266,4 +267,7 @@ def _manifest(payload: Mapping[str, Any]) -> pb.Manifest:
         device=manifest.device,
         files=manifest.files,
         final_loss=manifest.final_loss,
+        init_from=(
+            None if init_from is None else encode(InitFrom.model_validate(init_from), pb.InitFrom())
+        ),
     )

@@ -346,6 +346,8 @@ def _percent(arms: Sequence[Arm], version: int) -> int:
 def _labels(job: JobRecord) -> dict[str, str]:
     """The caller's and ours; ours win, and as many of the caller's as a version can have."""
     ours = {"job": job.name, "dataset": job.dataset}
+    if (init_from := JobSpec.model_validate(job.effective_spec).init_from) is not None:
+        ours["init_from"] = init_from.text
     theirs = [item for item in sorted(job.labels.items()) if item[0] not in ours]
     return {**dict(theirs[: MAX_LABELS - len(ours)]), **ours}
 

@@ -32,6 +32,13 @@ def decode_spec(message: pb.JobSpec, wrong: Iterable[Violation] = ()) -> JobSpec
     found += name_violations(message.dataset, "spec.dataset")
     if message.data.eval_dataset:
         found += name_violations(message.data.eval_dataset, "spec.data.eval_dataset")
+    match message.init_from.WhichOneof("source"):
+        case "adapter_version":
+            version = message.init_from.adapter_version
+            found += name_violations(version.adapter, "spec.init_from.adapter_version.adapter")
+        case "checkpoint":
+            job = message.init_from.checkpoint.job
+            found += name_violations(job, "spec.init_from.checkpoint.job")
     # A name that is missing was told above, in better words than "field required".
     return _decode(message, JobSpec, "spec", found, dataset="", adapter="")
 

@@ -21,6 +21,7 @@ from lora_gateway import (
     ErrorReason,
     Estimate,
     GateReport,
+    InitFrom,
     Job,
     JobEvent,
     JobState,
@@ -50,6 +51,7 @@ def print_job(job: Job, json: bool) -> None:
         ("priority", str(job.priority or "")),
         ("dataset", job.spec.dataset),
         ("adapter", job.spec.adapter),
+        ("init_from", _init_from_text(job.effective_spec.init_from)),
         ("progress", progress_text(job.progress) if job.HasField("progress") else ""),
         ("checkpoint_step", str(job.checkpoint_step or "")),
         ("attempt", f"{job.attempt}, {job.attempts_left} left" if job.attempt else ""),
@@ -182,6 +184,17 @@ def state_text(state: JobState.ValueType) -> str:
     """By its name without the prefix."""
     known = JobState.DESCRIPTOR.values_by_number.get(state)
     return known.name.removeprefix("JOB_STATE_") if known else str(state)
+
+
+def _init_from_text(init_from: InitFrom) -> str:
+    """What the adapter began with; empty: it is new."""
+    match init_from.WhichOneof("source"):
+        case "adapter_version":
+            return f"{init_from.adapter_version.adapter}@{init_from.adapter_version.version}"
+        case "checkpoint":
+            return f"{init_from.checkpoint.job}/{init_from.checkpoint.step}"
+        case _:
+            return ""
 
 
 def _gate_rows(gate: GateReport) -> list[tuple[str, str]]:

@@ -7,7 +7,17 @@ from typing import Annotated
 
 import typer
 
-from lora_gateway import Backend, DatasetFormat, JobState, Precision, PublishSpec, Quantization
+from lora_gateway import (
+    AdapterVersionSource,
+    Backend,
+    CheckpointSource,
+    DatasetFormat,
+    InitFrom,
+    JobState,
+    Precision,
+    PublishSpec,
+    Quantization,
+)
 
 
 class FormatName(enum.StrEnum):
@@ -89,6 +99,33 @@ Canary = Annotated[
     typer.Option(min=0, max=100, metavar="PERCENT", help="Of the traffic, for the new version."),
 ]
 AllTraffic = Annotated[bool, typer.Option("--all-traffic", help="Give the new version all of it.")]
+
+
+def init_from_of(version: str | None, checkpoint: str | None) -> InitFrom | None:
+    """What `--init-from` and `--init-from-checkpoint` name; None: neither was given.
+
+    Raises:
+        BadParameter: both were, or a number is none.
+    """
+    if version is not None and checkpoint is not None:
+        raise typer.BadParameter("--init-from goes without --init-from-checkpoint")
+    if version is not None:
+        name, number = _numbered(version, "@", "ADAPTER[@VERSION]")
+        return InitFrom(adapter_version=AdapterVersionSource(adapter=name, version=number))
+    if checkpoint is not None:
+        name, number = _numbered(checkpoint, "/", "JOB[/STEP]")
+        return InitFrom(checkpoint=CheckpointSource(job=name, step=number))
+    return None
+
+
+def _numbered(text: str, mark: str, form: str) -> tuple[str, int | None]:
+    name, marked, number = text.partition(mark)
+    if not marked:
+        return name, None
+    # As many digits as every number of the contract has room for.
+    if not (number.isascii() and number.isdecimal() and len(number) < 10):
+        raise typer.BadParameter(f"{text!r} is not {form}")
+    return name, int(number)
 
 
 def traffic_percent(canary: int | None, all_traffic: bool) -> int | None:

@@ -18,6 +18,7 @@ from engine.shard import Shard
 from engine.trial import Trial
 from gateway import metrics
 from gateway.admission import Admission, Slots
+from gateway.catalog_library import CatalogLibrary
 from gateway.checkpoint_sources import TRAIN_SCHEME, CheckpointSources
 from gateway.gating import CheckpointGate
 from gateway.preview import Previews
@@ -95,6 +96,7 @@ class TrainingPlane:
             served,
             [Device(name) for name in settings.devices_that_train],
             self._state_dir,
+            library=CatalogLibrary(catalog, registry, shapes),
             python=python,
             environment=environment,
             price=_price(settings.training_price),

@@ -86,8 +86,10 @@ class JobStore(Protocol):
         publication: Mapping[str, Any],
         request_id: str,
         max_active: int,
+        uid: str = "",
     ) -> JobRecord:
-        """A job, VALIDATING, with its first event. A name is made if it has none.
+        """A job, VALIDATING, with its first event. A name is made if it has none, and a `uid`,
+        which no other job ever had.
 
         A `request_id` makes it safe to repeat, per tenant: the same fields again return the job
         that they made, as it stands now. Empty: every call makes a job. Raises InvalidName,

@@ -37,6 +37,7 @@ class Creation:
     publication: Mapping[str, Any]
     request_id: str
     max_active: int
+    uid: str = ""
 
 
 def create_job(
@@ -54,11 +55,12 @@ def create_job(
         read_dataset(db, new.tenant, dataset)
     if count_active_jobs(db) >= creation.max_active:
         raise QueueFull(creation.max_active)
-    uid = make_uid()
+    uid = creation.uid or make_uid()
     name = new.name or _name(new.adapter, uid)
     while not new.name and _exists(db, new.tenant, name):
-        uid = make_uid()
-        name = _name(new.adapter, uid)
+        suffix = make_uid()
+        uid = creation.uid or suffix
+        name = _name(new.adapter, suffix)
     _insert(db, creation, name, uid, now_ns)
     events = [state_changed(None, JobState.VALIDATING)]
     update_job(db, write_job_events(db, read_job(db, new.tenant, name), events, now_ns))

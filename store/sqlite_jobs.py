@@ -95,8 +95,11 @@ class SqliteJobs(SqliteThread, JobStore):
         publication: Mapping[str, Any],
         request_id: str,
         max_active: int,
+        uid: str = "",
     ) -> JobRecord:
-        creation = Creation(new, effective_spec, fingerprints, publication, request_id, max_active)
+        creation = Creation(
+            new, effective_spec, fingerprints, publication, request_id, max_active, uid
+        )
         return await self._write(
             lambda db: sqlite_job_creation.create_job(
                 db, creation, self._clock_ns(), self._make_uid

@@ -21,6 +21,7 @@ from trainer.events import Progress
 from trainer.footprint import WIDTH_BYTES
 from trainer.means import DATA_PATH, Means
 from trainer.model_size import ModelSize, model_size
+from trainer.origins import Origins
 from trainer.publisher import Finding
 from trainer.recovery import too_large
 from trainer.spec import DatasetFormat, JobSpec, Precision
@@ -33,9 +34,16 @@ class Admission:
     """What this gateway trains. Asks devices, libraries and the base model once."""
 
     def __init__(
-        self, means: Means, devices: Sequence[Device], *, python: str, price: Price | None
+        self,
+        means: Means,
+        origins: Origins,
+        devices: Sequence[Device],
+        *,
+        python: str,
+        price: Price | None,
     ) -> None:
         self._means = means
+        self._origins = origins
         self._devices = tuple(devices)
         self._python = python
         self._price = price
@@ -57,8 +65,8 @@ class Admission:
     async def resolve(self, tenant: str, spec: JobSpec) -> JobSpec:
         """The spec with every field set.
 
-        Raises DatasetUnknown, TrainingUnavailable, BaseModelUnknown, InvalidSpec and
-        UnservableAdapter.
+        Raises DatasetUnknown, TrainingUnavailable, BaseModelUnknown, InvalidSpec,
+        UnservableAdapter, and what `Origins.begun_with` raises.
         """
         served = self._means.served
         if spec.base_model not in ("", served.name):
@@ -80,6 +88,7 @@ class Admission:
                 "interpreter that has it"
             )
         dataset = await self._dataset(tenant, spec)
+        spec = await self._origins.begun_with(tenant, spec)
         on_gpu, bfloat16 = self._devices[0].on_gpu, await self._has_bfloat16()
         resolved = spec.resolved(
             base_model=served.name,

@@ -7,6 +7,7 @@ TrainingError
 ├── TrainingUnavailable
 ├── DatasetInvalid
 ├── CheckpointUnknown
+├── InitFromUnusable      the adapter to begin with
 ├── JobNotPausable
 ├── JobNotResumable
 └── GateRejected
@@ -74,6 +75,15 @@ class CheckpointUnknown(TrainingError, LookupError):
         super().__init__(f"job {job!r} has {what}; list what there is with ListCheckpoints")
         self.job = job
         self.step = "newest" if step is None else str(step)
+
+
+class InitFromUnusable(TrainingError):
+    """What a job is to begin with cannot be trained further."""
+
+    def __init__(self, init_from: str, why: str) -> None:
+        super().__init__(f"{init_from}, which spec.init_from names, {why}")
+        self.init_from = init_from
+        """As `InitFrom.text` has it."""
 
 
 class JobNotPausable(TrainingError):

@@ -23,6 +23,7 @@ class FailureReason(enum.Enum):
     """Why a job failed; values are names of the contract's `ErrorReason`."""
 
     DATASET_INVALID = "DATASET_INVALID"
+    INIT_FROM_UNUSABLE = "INIT_FROM_UNUSABLE"
     LOSS_DIVERGED = "LOSS_DIVERGED"
     OUT_OF_MEMORY = "OUT_OF_MEMORY"
     STORAGE_FULL = "STORAGE_FULL"

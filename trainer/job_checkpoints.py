@@ -26,9 +26,10 @@ class JobCheckpoints:
     async def of_job(self, tenant: str, name: str) -> list[Checkpoint]:
         """What a job has saved and is still there, newest first. Raises JobUnknown."""
         job = await self._means.store.job(tenant, name)
-        return [checkpoint for checkpoint, _ in await self._saved(job)]
+        return [checkpoint for checkpoint, _ in await self.saved(job)]
 
-    async def _saved(self, job: JobRecord) -> list[tuple[Checkpoint, Path]]:
+    async def saved(self, job: JobRecord) -> list[tuple[Checkpoint, Path]]:
+        """The same of a job, each with its folder."""
         told: dict[str, Checkpoint] = {}
         after = 0
         while events := await self._means.store.job_events(
@@ -61,7 +62,7 @@ class JobCheckpoints:
     ) -> Publication:
         """Make one checkpoint a version; see `Jobs.publish_checkpoint`."""
         job = await self._means.store.job(tenant, name)
-        saved = await self._saved(job)
+        saved = await self.saved(job)
         if step is not None:
             saved = [entry for entry in saved if entry[0].step == step]
         if not saved:

@@ -2,6 +2,7 @@
 
 <jobs>/<uid>/attempts/<n>/    one attempt; see `trainer/run_folder.py`
 <jobs>/<uid>/attempt.json     which of them counts; see `trainer/fence.py`
+<jobs>/<uid>/initial/         weights to begin with; see `trainer/held_weights.py`
 <jobs>/<uid>/deleted.json     its owner deleted it; written before the store forgets it
 """
 
@@ -15,6 +16,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+from store.artifacts import WEIGHTS_FILE
 from store.job_records import JobKey
 from trainer.events import Checkpoint
 from trainer.run_folder import MANIFEST_FILE, Message, RunFolder, write_whole
@@ -37,6 +39,10 @@ class JobFolder:
 
     def run(self, attempt: int) -> RunFolder:
         return RunFolder(self.path / "attempts" / str(attempt))
+
+    @property
+    def initial_weights(self) -> Path:
+        return self.path / "initial" / WEIGHTS_FILE
 
     def checkpoint(self, checkpoint: Checkpoint) -> Path | None:
         """Its folder, if it is still there as it was saved; None if not."""

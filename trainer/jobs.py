@@ -12,7 +12,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 
 from store.datasets import DatasetFiles
@@ -36,7 +36,9 @@ from trainer.job_folder import JobFolder, deletions
 from trainer.job_log import LogPiece, Logs
 from trainer.job_run import JobRun
 from trainer.journal import Heartbeat, Journal
+from trainer.library import Library
 from trainer.means import Means, Preparer
+from trainer.origins import Origins
 from trainer.publisher import Publisher
 from trainer.run_folder import RunFolder
 from trainer.served import ServedModel
@@ -67,6 +69,7 @@ class Jobs:
         devices: Sequence[Device],
         root: Path,
         *,
+        library: Library,
         python: str,
         environment: Mapping[str, str],
         price: Price | None = None,
@@ -76,10 +79,10 @@ class Jobs:
         observe_wait: Callable[[int, float], None] = unobserved,
         clock_ns: Callable[[], int] = time.time_ns,
     ) -> None:
-        """`root` is the state folder. `python` is the interpreter that trains, and `worker` what
-        it runs with a run's folder; `max_active` is how many jobs may have not ended; one whose
-        process does not get on for `stall_timeout_s` goes on in another. See `DeviceQueue` for
-        `observe_wait` and `clock_ns`."""
+        """`root` is the state folder. `library` has what jobs may train further. `python` is the
+        interpreter that trains, and `worker` what it runs with a run's folder; `max_active` is
+        how many jobs may have not ended; one whose process does not get on for `stall_timeout_s`
+        goes on in another. See `DeviceQueue` for `observe_wait` and `clock_ns`."""
         self._store = store
         self._folder = root / JOBS_FOLDER
         self._journal = Journal(store, self._folder)
@@ -104,8 +107,9 @@ class Jobs:
             stall_timeout_s=stall_timeout_s,
             clock_ns=clock_ns,
         )
-        self._admission = Admission(self._means, devices, python=python, price=price)
         self._checkpoints = JobCheckpoints(self._means)
+        self._origins = Origins(self._means, self._checkpoints, library)
+        self._admission = Admission(self._means, self._origins, devices, python=python, price=price)
         self._wishes = Wishes(store, self._journal, self._wake)
         self._runs: dict[str, tuple[JobRun, asyncio.Task[None]]] = {}
         """Jobs that are brought to their end, by uid."""
@@ -195,7 +199,8 @@ class Jobs:
             logger.error("job %s is left alone until the next start", job.name, exc_info=error)
 
     async def _sweep(self) -> None:
-        """Remove folders of deleted jobs that a crash left over."""
+        """Settle what a crash left over of jobs that were created, and of deleted ones."""
+        await self._origins.sweep()
         for folder, key in await asyncio.to_thread(lambda: list(deletions(self._folder))):
             try:
                 if (await self._store.job(*key)).uid == folder.path.name:
@@ -216,8 +221,7 @@ class Jobs:
     async def check(self, tenant: str, spec: JobSpec) -> JobSpec:
         """The spec with every field set; keeps nothing.
 
-        Raises DatasetUnknown, TrainingUnavailable, BaseModelUnknown, InvalidSpec and
-        UnservableAdapter.
+        Raises as `Admission.resolve` does.
         """
         return await self._admission.resolve(tenant, spec)
 
@@ -243,7 +247,7 @@ class Jobs:
     ) -> JobRecord:
         """A job, or the one that this request made. Returns at once.
 
-        Raises as `check` does, and what `JobStore.create_job` raises.
+        Raises as `check` does, what `JobStore.create_job` raises, and StorageFull.
         """
         state = PublicationState.PENDING if spec.publish else PublicationState.NOT_REQUESTED
         new = NewJob(
@@ -268,14 +272,18 @@ class Jobs:
     async def _create(
         self, new: NewJob, resolved: JobSpec, publication: Publication, request_id: str
     ) -> JobRecord:
-        job = await self._store.create_job(
-            new,
-            effective_spec=as_json(resolved),
-            fingerprints=self._means.served.fingerprints,
-            publication=as_json(publication),
-            request_id=request_id,
-            max_active=self._max_active,
-        )
+        def create(uid: str) -> Awaitable[JobRecord]:
+            return self._store.create_job(
+                new,
+                effective_spec=as_json(resolved),
+                fingerprints=self._means.served.fingerprints,
+                publication=as_json(publication),
+                request_id=request_id,
+                max_active=self._max_active,
+                uid=uid,
+            )
+
+        job = await self._origins.created(new.tenant, resolved, create)
         self._drive(job)
         return job
 

@@ -15,7 +15,8 @@ from store.jobs import JobStore
 from trainer.data_limits import unservable
 from trainer.device_queue import DeviceQueue
 from trainer.devices import Device, device_facts, usable_bytes
-from trainer.errors import TrainingUnavailable, UnservableAdapter
+from trainer.errors import InitFromUnusable, TrainingUnavailable, UnservableAdapter
+from trainer.job_folder import JobFolder
 from trainer.journal import Journal
 from trainer.preparation import Prepared
 from trainer.publisher import Publisher
@@ -27,6 +28,8 @@ from trainer.watchdog import DEFAULT_TIMEOUT_S
 
 DATA_PATH = "spec.data"
 """Of a job's DataSpec in the request."""
+
+AGAIN = "create the job again"
 
 
 class Preparer(Protocol):
@@ -82,7 +85,7 @@ class Means:
                 f"{self.served.name!r} is served now: create it again for that one, or have the "
                 f"operator start the gateway with --model {spec.base_model}"
             )
-        if changed := _differing(job.fingerprints, self.served.fingerprints):
+        if changed := differing(job.fingerprints, self.served.fingerprints):
             raise TrainingUnavailable(
                 f"the job was created for other files of base model {spec.base_model!r} than are "
                 f"served now ({', '.join(changed)} changed): create it again, or have the operator "
@@ -126,8 +129,11 @@ class Means:
     async def plan(self, job: JobRecord, device: Device) -> RunPlan:
         """What the job's attempt is to do on this device.
 
-        Raises DatasetInvalid, or TrainingUnavailable if the device does not answer.
+        Raises DatasetInvalid, InitFromUnusable, or TrainingUnavailable if the device does not
+        answer.
         """
+        resume = self._resumed(job)
+        initial = "" if resume else await asyncio.to_thread(self._initial, job)
         rows = await self.rows(job)
         facts = await asyncio.to_thread(device_facts, device)
         return RunPlan(
@@ -144,15 +150,25 @@ class Means:
             rows=str(rows.prepared.folder),
             eval_rows="" if rows.held_out is None else str(rows.held_out.folder),
             memory_bytes=usable_bytes(facts, on_gpu=device.on_gpu),
-            resume=self._resumed(job),
+            resume=resume,
+            initial_weights=initial,
         )
+
+    def _initial(self, job: JobRecord) -> str:
+        init_from = JobSpec.model_validate(job.effective_spec).init_from
+        if init_from is None:
+            return ""
+        held = JobFolder(self.folder / job.uid).initial_weights
+        if not held.is_file():
+            raise InitFromUnusable(init_from.text, "was kept with the job, and is gone: " + AGAIN)
+        return str(held)
 
     def _resumed(self, job: JobRecord) -> str:
         checkpoint = recovery_of(job).resumed_from
         return "" if checkpoint is None else str(self.folder / job.uid / checkpoint.folder)
 
 
-def _differing(ours: Mapping[str, str], theirs: Mapping[str, str]) -> list[str]:
+def differing(ours: Mapping[str, str], theirs: Mapping[str, str]) -> list[str]:
     """Names under which two mappings do not have the same."""
     return sorted(
         name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name)

@@ -53,7 +53,7 @@ def model_size(folder: Path) -> ModelSize:
         config = config.get("text_config", config)
         shapes: dict[str, list[int]] = {}
         for path in folder.glob("*.safetensors"):
-            shapes |= _shapes(path)
+            shapes |= tensor_shapes(path)
         linear, matrices = 0, []
         for name, shape in shapes.items():
             if LAYERS in name and name.endswith(".weight") and len(shape) == 2:
@@ -77,8 +77,12 @@ def model_size(folder: Path) -> ModelSize:
         ) from error
 
 
-def _shapes(path: Path) -> dict[str, list[int]]:
+def tensor_shapes(path: Path) -> dict[str, list[int]]:
+    """Of all tensors of a safetensors file, by name. Raises OSError, and ValueError or TypeError
+    for another file."""
     with path.open("rb") as file:
         length_bytes = int.from_bytes(file.read(HEADER_LENGTH_BYTES), "little")
+        if length_bytes > path.stat().st_size:
+            raise ValueError(f"{path.name} is no safetensors file, or damaged")
         header = json.loads(file.read(length_bytes))
     return {name: entry["shape"] for name, entry in header.items() if name != "__metadata__"}

@@ -31,6 +31,7 @@ from trainer.event_writer import EventWriter
 from trainer.events import Checkpoint, FailureReason, JobFailure, Manifest, Notice
 from trainer.failure import RunFailed, out_of_memory
 from trainer.fence import Fence
+from trainer.initial_weights import begin_with
 from trainer.life import Life
 from trainer.memory import Memory, memory_of
 from trainer.micro_batch import fit, fitted
@@ -96,6 +97,8 @@ class Recipe:
         )
         if self.spec.hyperparameters.fit_micro_batch:
             self._fit(model, rows, memory)
+        if self.spec.init_from is not None and resumed is None:
+            begin_with(model, Path(self._plan.initial_weights), self.spec.init_from)
         return self._loop(model, rows, memory, resumed)
 
     def _resumed(self) -> CheckpointManifest | None:

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from trainer.errors import DatasetInvalid, TrainingError, TrainingUnavailable, UnservableAdapter
+from trainer.errors import (
+    DatasetInvalid,
+    InitFromUnusable,
+    TrainingError,
+    TrainingUnavailable,
+    UnservableAdapter,
+)
 from trainer.events import FailureReason, JobFailure
 
 
@@ -16,6 +22,9 @@ def refused(error: TrainingError, attempt: int) -> JobFailure:
                 "total_lines": str(error.report.total_lines),
                 "bad_lines": str(error.report.bad_lines),
             }
+        case InitFromUnusable():
+            reason = FailureReason.INIT_FROM_UNUSABLE
+            metadata = {"init_from": error.init_from}
         case TrainingUnavailable():
             reason, metadata = FailureReason.TRAINING_UNAVAILABLE, {}
         case UnservableAdapter():

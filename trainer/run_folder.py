@@ -73,6 +73,9 @@ class RunPlan(Message):
     """What it may take of a GPU; 0: all of it. Always 0 on a CPU, which has no limit to try out."""
     resume: str = ""
     """Folder of the checkpoint to go on from; empty: it begins at the first step."""
+    initial_weights: str = ""
+    """Path of the weights to begin with, of the digest that `spec.init_from` has; empty: those of
+    a new adapter, or of the checkpoint."""
 
 
 class StopRequest(Message):

@@ -11,7 +11,7 @@ import enum
 from collections.abc import Sequence
 from typing import Annotated, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 DEFAULT_TARGET_MODULES = (
@@ -163,6 +163,49 @@ class LoraSpec(Fields):
         return self.alpha / (self.r**0.5 if self.use_rslora else self.r)
 
 
+class AdapterVersionSource(Fields):
+    """A version of an adapter."""
+
+    adapter: str = ""
+    version: Annotated[int, Field(ge=1)] | None = None
+    """None: the one with the most traffic."""
+
+
+class CheckpointSource(Fields):
+    """A checkpoint of a job."""
+
+    job: str = ""
+    step: Annotated[int, Field(ge=1)] | None = None
+    """None: the newest."""
+
+
+class InitFrom(Fields):
+    """What an adapter begins with: one of the two."""
+
+    adapter_version: AdapterVersionSource | None = None
+    checkpoint: CheckpointSource | None = None
+    weights_sha256: Annotated[str, Field(pattern=r"^([0-9a-f]{64})?$")] = ""
+    """Of the file that is taken; empty in a request: any."""
+
+    @model_validator(mode="after")
+    def _one(self) -> Self:
+        if (self.adapter_version is None) == (self.checkpoint is None):
+            raise PydanticCustomError("one", "must name an adapter_version or a checkpoint")
+        return self
+
+    @property
+    def text(self) -> str:
+        """`ADAPTER@VERSION`, or `JOB/STEP`; no name has such a character."""
+        if self.adapter_version is not None:
+            return _joined(self.adapter_version.adapter, "@", self.adapter_version.version)
+        assert self.checkpoint is not None
+        return _joined(self.checkpoint.job, "/", self.checkpoint.step)
+
+
+def _joined(name: str, mark: str, number: int | None) -> str:
+    return name if number is None else f"{name}{mark}{number}"
+
+
 class DataSpec(Fields):
     """How a dataset becomes rows of tokens."""
 
@@ -247,6 +290,8 @@ class JobSpec(Fields):
     checkpoints_kept: Annotated[int, Field(ge=1, le=100)] | None = None
     checkpoint_interval_s: Annotated[float, Field(ge=1, le=24 * 3600)] | None = None
     max_attempts: Annotated[int, Field(ge=1, le=100)] | None = None
+    init_from: InitFrom | None = None
+    """None also when resolved: a new adapter. Else every field set, and `lora` is the source's."""
 
     def resolved(
         self,

@@ -9,13 +9,12 @@ from typing import Any
 
 import datasets
 import torch
-from peft import get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerControl, TrainingArguments
 
 from trainer.adapter_files import WEIGHTS_FILE
 from trainer.batches import Collator
+from trainer.initial_weights import put_weights
 from trainer.rows import IGNORED
 from trainer.spec import JobSpec, LearningRateSchedule, Optimizer, Precision
 
@@ -54,11 +53,7 @@ class RecipeTrainer(Trainer):  # type: ignore[misc]
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """The adapter as it was trained. The trainer itself would take the copy of it that is
         served, which is in a folder beside it, for a second adapter, and train the first anew."""
-        saved = load_file(Path(resume_from_checkpoint) / WEIGHTS_FILE)
-        ours = get_peft_model_state_dict(self.model, save_embedding_layers=False)
-        if saved.keys() != ours.keys():
-            raise ValueError(f"{resume_from_checkpoint} has the weights of another adapter")
-        set_peft_model_state_dict(self.model, saved)
+        put_weights(self.model, Path(resume_from_checkpoint) / WEIGHTS_FILE)
 
     def save(self) -> None:
         """Save a checkpoint of the run as it stands, as it does by itself after an epoch."""

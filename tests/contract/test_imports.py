@@ -46,8 +46,9 @@ MEET_IN = {
     "gateway/publishing.py",
     "gateway/gating.py",
     "gateway/preview.py",
+    "gateway/catalog_library.py",
 }
-"""The composition roots, and the three places where training asks the engine (ADR 0008)."""
+"""The composition roots, and the four places where training asks the engine (ADR 0008)."""
 ERRORS = {"engine.errors", "trainer.errors"}
 """What goes wrong is told by one table, and bad fields are told by one type."""
 

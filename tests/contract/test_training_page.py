@@ -40,7 +40,7 @@ OF_THE_DEVICE = {
     "hyperparameters.gradient_checkpointing",
 }
 """The text below the table tells these; they have no one default."""
-NOT_DEFAULTED = {"base_model", "backend", "dataset", "adapter", "publish"}
+NOT_DEFAULTED = {"base_model", "backend", "dataset", "adapter", "publish", "init_from"}
 
 
 def tables() -> Iterator[list[list[str]]]:

@@ -84,6 +84,7 @@ from trainer.errors import (
     CheckpointUnknown,
     DatasetInvalid,
     GateRejected,
+    InitFromUnusable,
     InvalidSpec,
     JobNotPausable,
     JobNotResumable,
@@ -207,6 +208,7 @@ SAMPLES: dict[str, list[Exception]] = {
     "TRAINING_UNAVAILABLE": [TrainingUnavailable("no device trains here")],
     "QUEUE_FULL": [QueueFull(1000)],
     "CHECKPOINT_NOT_FOUND": [CheckpointUnknown("alpha-1", 7)],
+    "INIT_FROM_UNUSABLE": [InitFromUnusable("alpha@3", "is damaged: name another one")],
     "GATE_REJECTED": [
         GateRejected(
             *("alpha-1", 7),

@@ -19,9 +19,11 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from gateway.catalog_library import CatalogLibrary
 from store.datasets import DatasetFiles
 from store.job_records import EventKind, JobChange, JobState, NewJob
 from store.sqlite_jobs import SqliteJobs
+from tests.engine.drafts import base_llama
 from tests.engine.library import TENANT
 from tests.gateway.publishing_points import install
 from tests.gateway.trained import JOB, STEP, UID, Trained, resolved, trained
@@ -160,6 +162,7 @@ async def _host(root: Path, kill_at: int) -> None:
             served(root),
             [Device(CPU)],
             root / "state",
+            library=CatalogLibrary(at.library.catalog, at.library.registry, base_llama().linear),
             python=sys.executable,
             environment={},
         )

@@ -72,7 +72,12 @@ def new_job(
 
 
 async def create(
-    store: JobStore, new: NewJob | None = None, *, request_id: str = "", max_active: int = 1000
+    store: JobStore,
+    new: NewJob | None = None,
+    *,
+    request_id: str = "",
+    max_active: int = 1000,
+    uid: str = "",
 ) -> JobRecord:
     """A job; its datasets are there."""
     return await store.create_job(
@@ -82,6 +87,7 @@ async def create(
         publication=PENDING,
         request_id=request_id,
         max_active=max_active,
+        uid=uid,
     )
 
 

@@ -180,6 +180,16 @@ async def test_a_name_that_is_taken_is_made_anew(tmp_path: Path) -> None:
     assert second.uid == "000002" + "0" * 25 + "3"
 
 
+async def test_a_uid_that_is_given_is_kept_whatever_the_name_is(tmp_path: Path) -> None:
+    uids = iter(["a" * 32, "b" * 32])
+    async with SqliteJobs(tmp_path / "db", make_uid=lambda: next(uids)) as store:
+        await add_dataset(store)
+        first = await create(store, uid="f" * 32)
+        second = await create(store, uid="f" * 6 + "0" * 26)
+    assert (first.name, first.uid) == ("sql-ffffff", "f" * 32)
+    assert (second.name, second.uid) == ("sql-aaaaaa", "f" * 6 + "0" * 26)
+
+
 async def test_registry_and_jobs_wait_for_each_other(tmp_path: Path) -> None:
     """Each writes as fast as it can for a while; both get on, and nobody finds the file locked."""
     path, seconds = tmp_path / "db", 2.0

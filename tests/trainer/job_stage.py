@@ -7,19 +7,22 @@ import hashlib
 import os
 import sys
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from store.datasets import DatasetFiles
 from store.job_records import DatasetRecord, EventKind, JobEventRecord, JobRecord, JobState
+from store.records import VersionUnknown
 from store.sqlite_jobs import SqliteJobs
 from tests.trainer.scripted_worker import Script
+from tests.trainer.small_adapter import MODULES, write_small_adapter
 from trainer.devices import CPU, Device
 from trainer.estimate import Price
 from trainer.events import Publication, PublicationState
 from trainer.jobs import Jobs
+from trainer.library import LibraryVersion
 from trainer.preparation import Prepared
 from trainer.process import kill_all, members
 from trainer.publisher import Finding
@@ -114,6 +117,45 @@ class ScriptedPublisher:
 
 
 @dataclass
+class ScriptedLibrary:
+    """Has the versions that a test puts in."""
+
+    root: Path
+    versions: dict[tuple[str, str, int], LibraryVersion] = field(default_factory=dict)
+    modules: Mapping[str, tuple[int, int]] = field(default_factory=lambda: MODULES)
+    most_asked: int = 1
+
+    async def version(self, tenant: str, adapter: str, version: int | None) -> LibraryVersion:
+        number = self.most_asked if version is None else version
+        found = self.versions.get((tenant, adapter, number))
+        if found is None:
+            raise VersionUnknown(adapter, number)
+        return found
+
+    def put(
+        self,
+        adapter: str = "pirate",
+        version: int = 1,
+        *,
+        tenant: str = TENANT,
+        fingerprints: Mapping[str, str] = {},
+        targets: Sequence[str] = ("q_proj", "v_proj"),
+        rank: int = 8,
+        **config: object,
+    ) -> LibraryVersion:
+        """A version, whose weights are all its number."""
+        folder = self.root / "library" / tenant / adapter / f"{version}"
+        write_small_adapter(folder, targets, rank, seed=version, **config)
+        weights = folder / "adapter_model.safetensors"
+        digest = hashlib.sha256(weights.read_bytes()).hexdigest()
+        found = LibraryVersion(
+            version, folder / "adapter_config.json", weights, digest, fingerprints
+        )
+        self.versions[tenant, adapter, version] = found
+        return found
+
+
+@dataclass
 class Stage:
     """Jobs that run."""
 
@@ -122,6 +164,7 @@ class Stage:
     datasets: DatasetFiles
     preparations: CountingPreparations
     publisher: ScriptedPublisher
+    library: ScriptedLibrary
     devices: Sequence[Device] = (Device(CPU),)
     max_active: int = 1000
     price: Price | None = None
@@ -144,6 +187,7 @@ class Stage:
             self.served or served(self.root),
             self.devices,
             self.root,
+            library=self.library,
             python=sys.executable,
             environment=self.environment,
             price=self.price,
@@ -287,6 +331,7 @@ async def stage(root: Path, **options: object) -> AsyncIterator[Stage]:
             DatasetFiles(root),
             CountingPreparations(root),
             ScriptedPublisher(),
+            ScriptedLibrary(root),
             **options,  # type: ignore[arg-type]
         )
         found.preparations.gate.set()

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
+from tests.trainer.small_adapter import config_of, tensors_of, write_tensors
 from trainer.checkpoint import as_checkpoint, seal, verify
 from trainer.events import (
     Checkpoint,
@@ -231,7 +232,17 @@ class Worker:
     def save(self, step: int, *, final: bool) -> Checkpoint:
         folder = self.run.checkpoints / f"checkpoint-{step}"
         (folder / ADAPTER_FOLDER).mkdir(parents=True, exist_ok=True)
-        (folder / ADAPTER_FOLDER / "adapter_config.json").write_text("{}")
+        lora = self.plan.spec.lora
+        assert lora.r is not None
+        config = config_of(
+            *(lora.target_modules, lora.r),
+            lora_alpha=lora.alpha,
+            lora_dropout=lora.dropout,
+            use_rslora=lora.use_rslora,
+        )
+        (folder / ADAPTER_FOLDER / "adapter_config.json").write_text(config)
+        tensors = tensors_of(lora.target_modules, lora.r)
+        write_tensors(folder / "adapter_model.safetensors", tensors, seed=step)
         (folder / ADAPTER_FOLDER / "adapter_model.safetensors").write_bytes(b"%d" % step)
         time.sleep(self.script.save_s)
         if not self.fence.holds:

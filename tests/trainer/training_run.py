@@ -158,6 +158,7 @@ def start(
     eval_rows: str = "",
     environment: Mapping[str, str] = os.environ,
     resume: str = "",
+    initial: Path | None = None,
     attempt: int = 1,
     prepare: Callable[[RunFolder], None] = lambda run: None,
 ) -> Running:
@@ -179,6 +180,7 @@ def start(
         eval_rows=eval_rows,
         memory_bytes=memory_bytes,
         resume=resume,
+        initial_weights=str(initial or ""),
     )
     write_whole(run.plan, plan)
     prepare(run)

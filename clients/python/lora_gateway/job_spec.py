@@ -11,6 +11,7 @@ from lora_gateway.v1.training_pb2 import (
     DatasetFormat,
     GateSpec,
     GradientCheckpointing,
+    InitFrom,
     JobSpec,
     LearningRateSchedule,
     LossMask,
@@ -36,6 +37,7 @@ class JobKeywords(TypedDict, total=False):
     cancel_grace_s: float | None
     checkpoint_interval_s: float | None
     max_attempts: int | None
+    init_from: InitFrom | None
 
     epochs: float | None
     max_steps: int | None

@@ -88,6 +88,8 @@ class TrainingClient(DatasetCalls):
         Raises:
             InvalidRequest: reason UNSERVABLE_ADAPTER: the gateway could not serve what the job
                 would train; `violations` say why.
+            FailedPrecondition: reason INIT_FROM_UNUSABLE: what `init_from` names cannot be
+                trained further.
             GatewayError: the call failed otherwise; reason JOB_EXISTS if the name is taken.
         """
         request = CreateJobRequest(

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from tests.trainer.simulation.virtual_loop import VirtualLoop, resolve
 from trainer.devices import Device
 from trainer.events import Publication, PublicationState
 from trainer.jobs import Jobs
+from trainer.library import LibraryVersion
 from trainer.preparation import Prepared
 from trainer.publisher import Finding
 from trainer.report import DatasetReport
@@ -46,6 +47,7 @@ class Host:
             SERVED,
             world.devices,
             ROOT,
+            library=NoLibrary(),
             python="python",
             environment={},
             stall_timeout_s=4.0,
@@ -102,6 +104,15 @@ class Datasets:
 
     def path(self, sha256: str) -> Path:
         return Path(ROOT, sha256)
+
+
+class NoLibrary:
+    """No job of a story begins with another's weights."""
+
+    modules: Mapping[str, tuple[int, int]] = {}
+
+    async def version(self, tenant: str, adapter: str, version: int | None) -> LibraryVersion:
+        raise AssertionError("nobody asks")
 
 
 class Preparer:

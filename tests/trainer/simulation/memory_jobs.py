@@ -56,8 +56,9 @@ class MemoryJobs:
         publication: Mapping[str, Any],
         request_id: str,
         max_active: int,
+        uid: str = "",
     ) -> JobRecord:
-        now_ns, uid = self._clock_ns(), self._make_uid()
+        now_ns, uid = self._clock_ns(), uid or self._make_uid()
         record = JobRecord(
             tenant=new.tenant,
             name=new.name,

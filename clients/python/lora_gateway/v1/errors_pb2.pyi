@@ -289,6 +289,13 @@ class _ErrorReasonEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._En
     again.
     Code FAILED_PRECONDITION. Metadata: `job`, `state`.
     """
+    ERROR_REASON_INIT_FROM_UNUSABLE: _ErrorReason.ValueType  # 69
+    """ERROR_REASON_INIT_FROM_UNUSABLE: what `init_from` names cannot be trained
+    further: it is of another base model, of a shape that no job has, other than
+    `weights_sha256` says, or damaged. The message says which, and what to do.
+    Code FAILED_PRECONDITION of CreateJob and EstimateJob; in `Job.error` if what
+    was kept of it is damaged. Metadata: `init_from`.
+    """
     ERROR_REASON_SHARD_NOT_FOUND: _ErrorReason.ValueType  # 70
     """ERROR_REASON_SHARD_NOT_FOUND: no shard of that name. ListShards lists them.
     Code NOT_FOUND with ResourceInfo. Metadata: `shard`.
@@ -590,6 +597,13 @@ ERROR_REASON_JOB_NOT_RESUMABLE: ErrorReason.ValueType  # 68
 """ERROR_REASON_JOB_NOT_RESUMABLE: the job is to end or has ended; create it
 again.
 Code FAILED_PRECONDITION. Metadata: `job`, `state`.
+"""
+ERROR_REASON_INIT_FROM_UNUSABLE: ErrorReason.ValueType  # 69
+"""ERROR_REASON_INIT_FROM_UNUSABLE: what `init_from` names cannot be trained
+further: it is of another base model, of a shape that no job has, other than
+`weights_sha256` says, or damaged. The message says which, and what to do.
+Code FAILED_PRECONDITION of CreateJob and EstimateJob; in `Job.error` if what
+was kept of it is damaged. Metadata: `init_from`.
 """
 ERROR_REASON_SHARD_NOT_FOUND: ErrorReason.ValueType  # 70
 """ERROR_REASON_SHARD_NOT_FOUND: no shard of that name. ListShards lists them.

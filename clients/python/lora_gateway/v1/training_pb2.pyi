@@ -547,8 +547,8 @@ class Hyperparameters(google.protobuf.message.Message):
     optimizer: Global___Optimizer.ValueType
     """optimizer. Default ADAMW_8BIT."""
     seed: builtins.int
-    """seed of the adapter's first weights, the order of rows and the eval split.
-    At most 4294967295. Default 3407.
+    """seed of the adapter's first weights (without `JobSpec.init_from`), the order
+    of rows and the eval split. At most 4294967295. Default 3407.
     """
     quantization: Global___Quantization.ValueType
     """quantization of the base model. Default NF4."""
@@ -602,7 +602,12 @@ Global___Hyperparameters: typing_extensions.TypeAlias = Hyperparameters
 
 @typing.final
 class LoraSpec(google.protobuf.message.Message):
-    """LoraSpec is the adapter's shape."""
+    """LoraSpec is the adapter's shape.
+
+    With `JobSpec.init_from` what is unset is as the source has it, and `r`,
+    `alpha`, `use_rslora` and `target_modules` cannot be anything else: other ones
+    are refused (INVALID_FIELD).
+    """
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -840,6 +845,7 @@ class JobSpec(google.protobuf.message.Message):
     CHECKPOINTS_KEPT_FIELD_NUMBER: builtins.int
     CHECKPOINT_INTERVAL_FIELD_NUMBER: builtins.int
     MAX_ATTEMPTS_FIELD_NUMBER: builtins.int
+    INIT_FROM_FIELD_NUMBER: builtins.int
     dataset: builtins.str
     """dataset to train on. Required."""
     adapter: builtins.str
@@ -889,6 +895,10 @@ class JobSpec(google.protobuf.message.Message):
         hours. Default 10 minutes.
         """
 
+    @property
+    def init_from(self) -> Global___InitFrom:
+        """init_from is an adapter to train further. Unset: a new one."""
+
     def __init__(
         self,
         *,
@@ -904,15 +914,110 @@ class JobSpec(google.protobuf.message.Message):
         checkpoints_kept: builtins.int | None = ...,
         checkpoint_interval: google.protobuf.duration_pb2.Duration | None = ...,
         max_attempts: builtins.int | None = ...,
+        init_from: Global___InitFrom | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_checkpoints_kept", b"_checkpoints_kept", "_max_attempts", b"_max_attempts", "cancel_grace", b"cancel_grace", "checkpoint_interval", b"checkpoint_interval", "checkpoints_kept", b"checkpoints_kept", "data", b"data", "hyperparameters", b"hyperparameters", "lora", b"lora", "max_attempts", b"max_attempts", "publish", b"publish"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_checkpoints_kept", b"_checkpoints_kept", "_max_attempts", b"_max_attempts", "adapter", b"adapter", "backend", b"backend", "base_model", b"base_model", "cancel_grace", b"cancel_grace", "checkpoint_interval", b"checkpoint_interval", "checkpoints_kept", b"checkpoints_kept", "data", b"data", "dataset", b"dataset", "hyperparameters", b"hyperparameters", "lora", b"lora", "max_attempts", b"max_attempts", "publish", b"publish"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_checkpoints_kept", b"_checkpoints_kept", "_max_attempts", b"_max_attempts", "cancel_grace", b"cancel_grace", "checkpoint_interval", b"checkpoint_interval", "checkpoints_kept", b"checkpoints_kept", "data", b"data", "hyperparameters", b"hyperparameters", "init_from", b"init_from", "lora", b"lora", "max_attempts", b"max_attempts", "publish", b"publish"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_checkpoints_kept", b"_checkpoints_kept", "_max_attempts", b"_max_attempts", "adapter", b"adapter", "backend", b"backend", "base_model", b"base_model", "cancel_grace", b"cancel_grace", "checkpoint_interval", b"checkpoint_interval", "checkpoints_kept", b"checkpoints_kept", "data", b"data", "dataset", b"dataset", "hyperparameters", b"hyperparameters", "init_from", b"init_from", "lora", b"lora", "max_attempts", b"max_attempts", "publish", b"publish"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_checkpoints_kept", b"_checkpoints_kept"]) -> typing.Literal["checkpoints_kept"] | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_max_attempts", b"_max_attempts"]) -> typing.Literal["max_attempts"] | None: ...
 
 Global___JobSpec: typing_extensions.TypeAlias = JobSpec
+
+@typing.final
+class InitFrom(google.protobuf.message.Message):
+    """InitFrom is what a job's adapter begins with, in place of weights that change
+    nothing.
+
+    The weights alone are taken over; optimizer and schedule begin anew. They are
+    kept with the job from CreateJob on, so that the source may be deleted then. A
+    resumed attempt goes on from its checkpoint, and not from here. The source has to
+    be of the same tenant and of the base model that is served, as its fingerprints
+    tell; what cannot be trained further is refused (INIT_FROM_UNUSABLE).
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    ADAPTER_VERSION_FIELD_NUMBER: builtins.int
+    CHECKPOINT_FIELD_NUMBER: builtins.int
+    WEIGHTS_SHA256_FIELD_NUMBER: builtins.int
+    weights_sha256: builtins.str
+    """weights_sha256 of the file that is taken, lower-case hex. In a request: what it
+    has to be. Empty: any.
+    """
+    @property
+    def adapter_version(self) -> Global___AdapterVersionSource:
+        """adapter_version that is READY. It has the weights as they are served, rounded
+        to the type that the engine computes in.
+        """
+
+    @property
+    def checkpoint(self) -> Global___CheckpointSource:
+        """checkpoint that was saved. It has the weights as they were trained."""
+
+    def __init__(
+        self,
+        *,
+        adapter_version: Global___AdapterVersionSource | None = ...,
+        checkpoint: Global___CheckpointSource | None = ...,
+        weights_sha256: builtins.str = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["adapter_version", b"adapter_version", "checkpoint", b"checkpoint", "source", b"source"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["adapter_version", b"adapter_version", "checkpoint", b"checkpoint", "source", b"source", "weights_sha256", b"weights_sha256"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["source", b"source"]) -> typing.Literal["adapter_version", "checkpoint"] | None: ...
+
+Global___InitFrom: typing_extensions.TypeAlias = InitFrom
+
+@typing.final
+class AdapterVersionSource(google.protobuf.message.Message):
+    """AdapterVersionSource names a version of an adapter."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    ADAPTER_FIELD_NUMBER: builtins.int
+    VERSION_FIELD_NUMBER: builtins.int
+    adapter: builtins.str
+    """adapter by name. Required."""
+    version: builtins.int
+    """version of it, from 1. Unset: the one with the most traffic, the newest of
+    several; an adapter without traffic is refused (ADAPTER_NOT_READY).
+    """
+    def __init__(
+        self,
+        *,
+        adapter: builtins.str = ...,
+        version: builtins.int | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["_version", b"_version", "version", b"version"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_version", b"_version", "adapter", b"adapter", "version", b"version"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_version", b"_version"]) -> typing.Literal["version"] | None: ...
+
+Global___AdapterVersionSource: typing_extensions.TypeAlias = AdapterVersionSource
+
+@typing.final
+class CheckpointSource(google.protobuf.message.Message):
+    """CheckpointSource names a checkpoint of a job, which need not have ended."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    JOB_FIELD_NUMBER: builtins.int
+    STEP_FIELD_NUMBER: builtins.int
+    job: builtins.str
+    """job by name. Required."""
+    step: builtins.int
+    """step it was saved after, from 1. Unset: the newest."""
+    def __init__(
+        self,
+        *,
+        job: builtins.str = ...,
+        step: builtins.int | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["_step", b"_step", "step", b"step"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_step", b"_step", "job", b"job", "step", b"step"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_step", b"_step"]) -> typing.Literal["step"] | None: ...
+
+Global___CheckpointSource: typing_extensions.TypeAlias = CheckpointSource
 
 @typing.final
 class Dataset(google.protobuf.message.Message):
@@ -1928,6 +2033,7 @@ class Manifest(google.protobuf.message.Message):
     DEVICE_FIELD_NUMBER: builtins.int
     FILES_FIELD_NUMBER: builtins.int
     FINAL_LOSS_FIELD_NUMBER: builtins.int
+    INIT_FROM_FIELD_NUMBER: builtins.int
     sha256: builtins.str
     """sha256 of the manifest's file."""
     dataset_sha256: builtins.str
@@ -1954,6 +2060,10 @@ class Manifest(google.protobuf.message.Message):
     def files(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.str]:
         """files of the adapter's folder: sha256 by name."""
 
+    @property
+    def init_from(self) -> Global___InitFrom:
+        """init_from is the adapter that was trained further; unset: a new one."""
+
     def __init__(
         self,
         *,
@@ -1967,9 +2077,10 @@ class Manifest(google.protobuf.message.Message):
         device: builtins.str = ...,
         files: collections.abc.Mapping[builtins.str, builtins.str] | None = ...,
         final_loss: builtins.float = ...,
+        init_from: Global___InitFrom | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["fingerprints", b"fingerprints"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["base_model", b"base_model", "dataset_sha256", b"dataset_sha256", "device", b"device", "files", b"files", "final_loss", b"final_loss", "fingerprints", b"fingerprints", "rows_sha256", b"rows_sha256", "seed", b"seed", "sha256", b"sha256", "versions", b"versions"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["fingerprints", b"fingerprints", "init_from", b"init_from"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["base_model", b"base_model", "dataset_sha256", b"dataset_sha256", "device", b"device", "files", b"files", "final_loss", b"final_loss", "fingerprints", b"fingerprints", "init_from", b"init_from", "rows_sha256", b"rows_sha256", "seed", b"seed", "sha256", b"sha256", "versions", b"versions"]) -> None: ...
 
 Global___Manifest: typing_extensions.TypeAlias = Manifest
 
@@ -2270,7 +2381,9 @@ class CreateJobRequest(google.protobuf.message.Message):
     def labels(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.str]:
         """labels are kept with the job and the version. At most 32; keys at most 63
         bytes, values at most 255 bytes. On the version the gateway sets `job` and
-        `dataset` itself; of more than 30 others the last by key are left out there.
+        `dataset` itself, and `init_from` of a job that has one: `ADAPTER@VERSION` or
+        `JOB/STEP`. Of more others than fit beside them the last by key are left out
+        there.
         """
 
     def __init__(
