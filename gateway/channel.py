@@ -53,6 +53,8 @@ class Orders:
     """Shards that take no requests, whether they are up or not."""
     quarantined: Quarantined
     """To screen by."""
+    lent: frozenset[str] = frozenset()
+    """Shards that are lent to training, or about to be."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +138,8 @@ class FollowDrains:
     is followed."""
 
     shards: frozenset[str]
+    lent: frozenset[str] = frozenset()
+    """As of `Orders`."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -159,6 +159,12 @@ class ControlPlane:
         assert self._shards is not None
         return self._shards.pool.drained
 
+    @property
+    def lent(self) -> frozenset[str]:
+        """Shards that are lent to training, or about to be."""
+        assert self._shards is not None
+        return self._shards.pool.lent
+
     def hear(self, message: Unasked) -> None:
         """What a worker says unasked."""
         assert self._shards is not None and self._planning is not None

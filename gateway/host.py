@@ -223,6 +223,7 @@ class Host:
             named=control.named,
             drained=control.drained,
             quarantined=control.crashes.state,
+            lent=control.lent,
         )
 
     async def _after_death(self, worker: WorkerProcess, endpoint: HttpEndpoint) -> None:

@@ -117,7 +117,7 @@ class Worker:
         self._view = orders.view
         self._pool = ShardPool((), {}, self._view, orders.shards)
         self._pool.follow(orders.plan)
-        self._pool.drain(orders.drained)
+        self._pool.drain(orders.drained, orders.lent)
         self._screening = Screening(lambda fingerprint: channel.send(Acquitted(fingerprint)))
         self._screening.follow(orders.quarantined)
         stall_timeout_s = settings.engine_stall_timeout_s
@@ -166,7 +166,7 @@ class Worker:
         self._server.bind(self._orders.listen, self._orders.settings)
         await self._server.start()
         await self._attachments.warm_up()
-        await self._server.health.serving(self._pool.is_open)
+        await self._server.health.serving(self._pool.stays_open)
 
     async def run(self) -> None:
         """Follow the host until it says Drain or is gone; then end everything.
@@ -237,8 +237,8 @@ class Worker:
             case FollowPlan(plan):
                 self._pool.follow(plan)
                 self._channel.send(Answer(ticket))
-            case FollowDrains(shards):
-                self._pool.drain(shards)
+            case FollowDrains(shards, lent):
+                self._pool.drain(shards, lent)
                 self._health_changed.set()
                 self._channel.send(Answer(ticket))
             case TellPlaced():
@@ -288,7 +288,7 @@ class Worker:
         while True:
             await self._health_changed.wait()
             self._health_changed.clear()
-            await self._server.health.serving(self._pool.is_open)
+            await self._server.health.serving(self._pool.stays_open)
 
     async def _drain(self, delay_s: float, grace_s: float) -> None:
         """Health first, then no new calls, then time for running ones."""
