@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,8 @@ from gateway.channel import Acquitted, Ended, Unasked, Used, WaitsForSlot, Want,
 from gateway.crashes import Crashes
 from gateway.drains import Drains
 from gateway.keeper import ShardKeeper
+from gateway.lending import Lending
+from gateway.lending_terms import Terms, lender_of
 from gateway.naming import Naming
 from gateway.planning import Planning
 from gateway.processes import Processes
@@ -100,6 +103,7 @@ class ControlPlane:
         self._shards: Shards | None = None
         self._planning: Planning | None = None
         self._renewal: Renewal | None = None
+        self._lending: Lending | None = None
         self._server: grpc.aio.Server | None = None
         self._running: asyncio.Task[Any] | None = None
 
@@ -239,12 +243,15 @@ class ControlPlane:
         self._planning = Planning(self._planner, ours, catalog, ledger, processes)
         drains = Drains(ours, processes)
         self._renewal = Renewal(keepers, drains, processes)
+        self._lending = Lending(
+            *(keepers, drains, pool, Terms.of(settings), partial(lender_of, settings))
+        )
         adapters_servicer = self._adapters.serve(
             ours, self._training.trials(served), self._admission, self._watches
         )
         training_servicer = self._training.serve(
             *(served, self._modules.linear, lambda: pool.route_to(None).shard, catalog),
-            *(self._registry, self._admission, self._watches),
+            *(self._registry, self._admission, self._watches, self._lending),
         )
         for shard in shards:
             ours.join(shard)
@@ -259,7 +266,7 @@ class ControlPlane:
     async def run(self) -> None:
         """Load what is wanted, watch what is guarded, sweep what is left, until closed."""
         assert self._shards is not None and self._planning is not None
-        assert self._renewal is not None
+        assert self._renewal is not None and self._lending is not None
         self._running = asyncio.current_task()
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._shards.run())
@@ -267,6 +274,8 @@ class ControlPlane:
                 tasks.create_task(self._planning.run())
             tasks.create_task(self._naming.run())
             tasks.create_task(self._renewal.run())
+            if self._settings.lends:
+                tasks.create_task(self._lending.run())
             tasks.create_task(self._adapters.guard())
             tasks.create_task(self._upload_sweep.run())
             tasks.create_task(self._training.run())

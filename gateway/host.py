@@ -306,6 +306,7 @@ def _engine_options(settings: Settings, model_path: Path, shard: int) -> EngineO
         max_lora_rank=int(settings.max_lora_rank),
         otlp_endpoint=settings.otlp_endpoint,
         devices=settings.devices_per_shard,
+        sleeps=settings.lends and bool(settings.gpus(shard)),
     )
 
 

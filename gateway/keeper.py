@@ -157,7 +157,7 @@ class ShardKeeper:
                 await self._renew(followers)
                 took_s = time.monotonic() - ended_s
                 logger.info("%s was renewed in %.1f s", self.name, took_s)
-                self._note(f"was renewed in {took_s:.1f} s")
+                self.note(f"was renewed in {took_s:.1f} s")
             else:
                 self.move(KeeperState.DEAD)
                 reason = await self._bury(followers, cause)
@@ -165,12 +165,12 @@ class ShardKeeper:
                 if not self.settled:
                     raise CoreFailed(f"{self.name} ended: {reason}; the gateway ends with it")
                 logger.error("%s ended: %s", self.name, reason)
-                self._note(f"ended: {reason}", is_trouble=True)
+                self.note(f"ended: {reason}", is_trouble=True)
                 await self._replace(followers, cause)
                 took_s = time.monotonic() - ended_s
                 metrics.engine_recovery.labels(self.name).observe(took_s)
                 logger.info("%s is up again after %.1f s", self.name, took_s)
-                self._note(f"is up again after {took_s:.1f} s")
+                self.note(f"is up again after {took_s:.1f} s")
             if self._loan is None:  # one that was asked for is lent as soon as it is up
                 self._wish.clear()
             if self._renewal is not None and not self._renewal.done():
@@ -215,7 +215,8 @@ class ShardKeeper:
         if core is not None:
             await core.stop(in_order=alive)
 
-    def _note(self, text: str, *, is_trouble: bool = False) -> None:
+    def note(self, text: str, *, is_trouble: bool = False) -> None:
+        """Write down what happened, for people."""
         self.notes.append(Note(time.time(), text, is_trouble))
 
     async def _build(self, config: EngineConfig | None = None) -> VllmShard:
@@ -312,7 +313,7 @@ class ShardKeeper:
             reason = f"ended in its sleep: {await self._bury(followers, Cause.DIED)}"
             self.last_death = Death(reason, time.time())
             logger.error("%s %s", self.name, reason)
-            self._note(reason, is_trouble=True)
+            self.note(reason, is_trouble=True)
         await loan.over.wait()
 
     async def _wake(self, followers: Followers) -> bool:
@@ -359,7 +360,7 @@ class ShardKeeper:
 
     async def _give_up(self, followers: Followers, reason: str) -> None:
         """The core is of no use: the shard is DEAD."""
-        self._note(reason, is_trouble=True)
+        self.note(reason, is_trouble=True)
         self.last_death = Death(reason, time.time())
         self.move(KeeperState.DEAD)
         await self._bury(followers, Cause.START_FAILED)

@@ -118,6 +118,19 @@ class Settings(BaseSettings):
     training_stall_timeout_s: float = Field(
         300, gt=0, description="A training process that does not get on for so long is replaced."
     )
+    lend_shards: Literal["never", "spare", "always"] = Field(
+        "never",
+        description="Whether a shard lends its device to a job: only while another one serves "
+        "(spare), or even if calls are refused meanwhile (always).",
+    )
+    lend_limit_s: float | None = Field(
+        None,
+        ge=1,
+        description="Longest that a shard is lent at once; then the job saves and waits.",
+    )
+    lend_rest_s: float = Field(
+        60.0, ge=0, description="Seconds that a shard serves before it is lent again."
+    )
     training_price: str | None = Field(
         None, description="Price of a device hour for estimates, for example '2.50 EUR'."
     )
@@ -288,10 +301,17 @@ class Settings(BaseSettings):
 
     @property
     def devices_that_train(self) -> list[str]:
-        """As told; by itself the CPU if the engine runs on it: a GPU is the engine's alone."""
+        """As told; by itself the CPU if the engine runs on it: a GPU is the engine's alone. Those
+        of the last shard, if it is to lend them."""
         if self.training_devices == [AUTO]:
-            return ["cpu"] if _engine_runs_on_cpu() else []
+            lent = self.gpus(self.shards - 1) if self.lends else []
+            return ["cpu"] if _engine_runs_on_cpu() else lent
         return [device for device in self.training_devices if device != NO_DEVICE]
+
+    @property
+    def lends(self) -> bool:
+        """Whether shards lend devices."""
+        return self.lend_shards != "never"
 
     @property
     def python_that_trains(self) -> str:

@@ -35,6 +35,7 @@ from trainer.job_folder import JobFolder, deletions
 from trainer.job_log import LogPiece, Logs
 from trainer.job_run import JobRun
 from trainer.journal import Heartbeat, Journal
+from trainer.lender import Lender, LendsNothing
 from trainer.means import Means, Preparer
 from trainer.publisher import Publisher
 from trainer.run_folder import RunFolder
@@ -72,10 +73,12 @@ class Jobs:
         max_active: int = 1000,
         stall_timeout_s: float = DEFAULT_TIMEOUT_S,
         worker: Sequence[str] = ("-m", WORKER_MODULE),
+        lender: Lender | None = None,
     ) -> None:
         """`root` is the state folder. `python` is the interpreter that trains, and `worker` what
         it runs with a run's folder; `max_active` is how many jobs may have not ended; one whose
-        process does not get on for `stall_timeout_s` goes on in another."""
+        process does not get on for `stall_timeout_s` goes on in another. `lender` is of devices
+        on which something serves."""
         self._store = store
         self._folder = root / JOBS_FOLDER
         self._journal = Journal(store, self._folder)
@@ -97,6 +100,7 @@ class Jobs:
             folder=self._folder,
             command=command,
             environment=with_our_sources(environment),
+            lender=lender or LendsNothing(),
             stall_timeout_s=stall_timeout_s,
         )
         self._admission = Admission(self._means, devices, python=python, price=price)
