@@ -85,8 +85,8 @@ class LendingDesk:
         """Whether jobs may join."""
         self.serves = True
         """Whether the shard is not lent, nor about to be or to come back."""
-        self._returned_s: float | None = None
-        """When the last loan was over, on the monotonic clock."""
+        self._serves_since_s = 0.0
+        """On the monotonic clock."""
         metrics.shard_lent.labels(self._name).set(0)
 
     # --- for jobs ---------------------------------------------------------------------------
@@ -126,6 +126,7 @@ class LendingDesk:
 
     async def run(self) -> None:
         """Lend whenever a job wants the device and the terms allow it, until cancelled."""
+        self._serves_since_s = time.monotonic()  # a gateway that starts has not served for a while
         while True:
             self._changed.clear()
             if not self._waiting:
@@ -145,9 +146,7 @@ class LendingDesk:
             await asyncio.sleep(LOOK_INTERVAL_S)
 
     def _rest_left_s(self) -> float:
-        if self._returned_s is None:
-            return 0.0
-        return max(0.0, self._returned_s + self._terms.rest_s - time.monotonic())
+        return max(0.0, self._serves_since_s + self._terms.rest_s - time.monotonic())
 
     def _may_lend(self) -> bool:
         if self._keeper.state is not KeeperState.UP:
@@ -284,5 +283,5 @@ class LendingDesk:
             self._outages[uid] = Notice(code="DEVICE_RETURNED", message=text)
         while len(self._outages) > OUTAGES_KEPT:  # of jobs that ended before they were told
             del self._outages[next(iter(self._outages))]
-        self._returned_s = time.monotonic()
+        self._serves_since_s = time.monotonic()
         self.serves = True
