@@ -11,7 +11,7 @@ from engine.fake import FakeShard
 from engine.generation import ServedVersion, VersionKey
 from engine.pool import Route, ServedAdapter, ServedView, ShardPool
 from engine.residents import Residents
-from engine.ring import AdapterKey, NoShardOpen, Plan, Reason, ShardLent, ShardState, cap
+from engine.ring import AdapterKey, NoShardOpen, Plan, Reason, ShardState, cap
 from engine.slot_holds import SlotHolds
 from engine.split import Split
 from store.records import Arm
@@ -370,30 +370,6 @@ def test_without_a_shard_that_is_not_drained_none_is_open() -> None:
     assert not several.is_open
     with pytest.raises(NoShardOpen):
         several.route_to(None)
-
-
-def test_a_shard_that_is_about_to_be_lent_takes_requests_until_it_is() -> None:
-    several = three_shards()
-    several.drain([], lent=["shard-0"])
-    assert several.stays_open and several.lent == {"shard-0"}
-    several.drain([], lent=several.ring.shards)
-    assert several.is_open and not several.stays_open
-    assert several.route_to(None).shard.name in several.ring.shards
-
-
-def test_where_all_are_lent_that_is_said() -> None:
-    several = three_shards()
-    several.drain(several.ring.shards, lent=["shard-1"])
-    several.leave("shard-1")
-    with pytest.raises(ShardLent) as lent:
-        several.route_to(VersionKey("acme", "beta", 2))
-    assert lent.value.shard == "shard-1"
-    with pytest.raises(ShardLent):
-        several.homes(VersionKey("acme", "beta", 2))
-    several.leave("shard-2")  # dead: another core comes soon
-    with pytest.raises(NoShardOpen) as none_open:
-        several.route_to(None)
-    assert not isinstance(none_open.value, ShardLent)
 
 
 def test_a_choice_places_nothing() -> None:
