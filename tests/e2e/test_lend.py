@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -76,7 +77,8 @@ async def state(gateway: ScriptedGateway, number: int) -> str:
 async def health(gateway: ScriptedGateway) -> int:
     async with gateway.channel() as channel:
         request = health_pb2.HealthCheckRequest()
-        return int((await HealthStub(channel).Check(request, timeout=30)).status)
+        stub: Any = HealthStub(channel)
+        return int((await stub.Check(request, timeout=30)).status)
 
 
 async def until_serving(gateway: ScriptedGateway) -> None:
@@ -100,9 +102,10 @@ async def test_lend_of_the_only_shard_is_announced_and_measured(alone: ScriptedG
     before = await text(alone, "alpha"), await text(alone, "")
     async with alone.channel() as channel:
         seen: list[int] = []
+        stub: Any = HealthStub(channel)
 
         async def follow() -> None:
-            async for told in HealthStub(channel).Watch(health_pb2.HealthCheckRequest()):
+            async for told in stub.Watch(health_pb2.HealthCheckRequest()):
                 seen.append(told.status)
 
         watching = asyncio.create_task(follow())

@@ -52,11 +52,16 @@ def test_prefill_goes_through_the_mended_kernel() -> None:
 
 def test_a_core_sleeps_with_its_weights_and_wakes_without_adapters() -> None:
     calls: list[object] = []
+
+    def sleep(level: int, mode: str) -> str:
+        calls.append((level, mode))
+        return "when it sleeps"
+
     core = SimpleNamespace(
-        sleep=lambda level, mode: calls.append((level, mode)) or "when it sleeps",
-        wake_up=lambda tags: calls.append(tags),
+        sleep=sleep,
+        wake_up=calls.append,
         list_loras=lambda: {3, 7},
-        remove_lora=lambda lora_int_id: calls.append(lora_int_id),
+        remove_lora=calls.append,
     )
     assert core_plugin.gateway_sleep(core) == "when it sleeps", "the answer waits for it"
     core_plugin.gateway_wake(core)

@@ -59,8 +59,9 @@ class Keeper:
 
     def __init__(self, plane: Plane, name: str) -> None:
         self.plane = plane
-        self.scripted: Any = plane.keepers[name]
-        self.scripted.lend, self.scripted.note = self.lend, self.note
+        scripted: Any = plane.keepers[name]
+        scripted.lend, scripted.note = self.lend, self.note
+        self.scripted = scripted
         self.name = name
         self.notes: list[str] = []
         self.loans: list[Loan] = []

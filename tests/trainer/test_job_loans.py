@@ -12,9 +12,11 @@ import pytest
 from store.job_records import EventKind, Intent, JobState
 from tests.trainer.job_stage import TENANT, Stage, gone, stage
 from tests.trainer.scripted_worker import Script
-from trainer.devices import CPU, Device
+from trainer import admission
+from trainer.devices import CPU, Device, DeviceFacts
 from trainer.events import FailureReason, Notice
 from trainer.jobs import JOBS_FOLDER
+from trainer.model_size import ModelSize
 from trainer.reclaim import reclaim
 from trainer.recovery import recovery_of
 
@@ -118,6 +120,24 @@ async def test_a_job_waits_for_its_device_and_is_published_when_that_serves_agai
             *("validating", "queued", "DEVICE_LENT", "preparing", "running", "finalizing"),
             *("DEVICE_RETURNED", "succeeded"),
         ]
+
+
+async def test_an_estimate_tells_of_a_loan_and_counts_with_what_it_frees(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with lent(tmp_path, devices=[Device("0")]) as (s, lender):
+        facts = DeviceFacts(80 * 1024**3, 5 * 1024**3, bfloat16=True)
+        monkeypatch.setattr(admission, "device_facts", lambda device: facts)
+        size = ModelSize(1000, 1000, 4, 8, 16, 64, (("q_proj", 8, 8),))
+        monkeypatch.setattr(admission, "model_size", lambda path: size)
+        lender.lends = lambda device: True  # type: ignore[method-assign]
+        found = await s.jobs.estimate(TENANT, s.spec())
+        assert found.memory_available_bytes == int(0.9 * facts.memory_bytes)
+        assert any("lends device 0" in warning for warning in found.warnings)
+        lender.lends = lambda device: False  # type: ignore[method-assign]
+        found = await s.jobs.estimate(TENANT, s.spec())
+        assert found.memory_available_bytes == facts.memory_available_bytes
+        assert not any("lends" in warning for warning in found.warnings)
 
 
 @pytest.mark.parametrize("wish", ["pause", "cancel"])
