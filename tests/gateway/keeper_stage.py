@@ -39,6 +39,10 @@ class FakeShard:
 
     async def call_core(self, utility: str, *arguments: int | str, timeout_s: float = 1.0) -> Any:
         self.called.append(utility)
+        if utility == self.core.is_silent_in:
+            self.core.stopped = True
+            await asyncio.sleep(4 * STALL_S)
+            self.core.stopped = False
         if (fails := self.core.fails.get(utility)) is not None:
             raise fails
         if utility == "gateway_record":
@@ -73,6 +77,8 @@ class FakeCore:
         self.stopped = False
         self.hangs_at_first = False
         self.greets = True
+        self.is_silent_in = ""
+        """A utility in which it answers nothing else, for longer than it may when it serves."""
         self.fails: dict[str, Exception] = {}
         """What utilities raise."""
         self.ends: list[str] = []

@@ -58,6 +58,17 @@ async def test_a_core_that_can_sleep_sleeps_and_wakes_warm(sleeper: Stage) -> No
     assert (sleeper.keeper.state, sleeper.keeper.restarts) == (UP, 0)
 
 
+@pytest.mark.parametrize("utility", ["gateway_sleep", "gateway_wake"])
+async def test_a_core_that_falls_asleep_or_wakes_up_may_be_silent(
+    sleeper: Stage, utility: str
+) -> None:
+    sleeper.cores[0].is_silent_in = utility
+    loan, sleeps = await lent(sleeper)
+    assert sleeps
+    await back(loan)
+    assert len(sleeper.cores) == 1 and not sleeper.cores[0].ends
+
+
 async def test_a_core_in_its_sleep_may_be_silent(sleeper: Stage) -> None:
     loan, _ = await lent(sleeper)
     sleeper.cores[0].stopped = True

@@ -15,6 +15,7 @@ from gateway import lending_desk, metrics
 from gateway.drains import Drains, Wish
 from gateway.keeper_state import KeeperState
 from gateway.lending import Lending
+from gateway.lent_memory import LentMemory
 from gateway.loan import Loan
 from lora_gateway.v1 import admin_pb2
 from tests.gateway.control_plane import KILLED, TIMEOUT_S, Plane, control_plane
@@ -265,6 +266,26 @@ async def test_a_job_that_waits_no_more_borrows_nothing(
         late.borrowing.cancel()  # when the shard is out of the route already
         await at.until_serves()
         assert not at.plane.control.drained
+
+
+async def test_a_job_that_is_wanted_no_more_as_it_gets_the_device_leaves_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with stage(tmp_path, monkeypatch) as at:
+        job = at.job()
+        desk = at.lending._desks[at.name]
+        let_in = desk._let_in
+
+        async def let_in_and_cancel(memory: LentMemory) -> None:
+            await let_in(memory)
+            job.borrowing.cancel()  # before it hears of it
+
+        monkeypatch.setattr(desk, "_let_in", let_in_and_cancel)
+        async with asyncio.timeout(TIMEOUT_S):
+            while not at.keeper.loans:
+                await asyncio.sleep(0.01)
+        await at.until_serves()
+        assert job.borrowing.cancelled()
 
 
 async def test_a_shard_that_an_operator_has_drained_stays_so_after_it_was_lent(
