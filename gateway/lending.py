@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
+from typing import Protocol
 
-from engine.pool import ShardPool
 from gateway.drains import Drains
 from gateway.lending_desk import Borrower, Kept, LendingDesk
 from gateway.lending_terms import Terms
@@ -23,6 +23,18 @@ LOOK_INTERVAL_S = 0.2
 """How often is looked whether a shard takes requests again."""
 
 
+class Route(Protocol):
+    """Where requests may go; see `engine.pool.ShardPool`."""
+
+    @property
+    def lent(self) -> Collection[str]:
+        """Shards that are lent, or about to be."""
+
+    @property
+    def stays_open(self) -> bool:
+        """Whether any takes requests that is not about to be lent."""
+
+
 class Lending:
     """One desk for each shard whose devices train."""
 
@@ -30,13 +42,13 @@ class Lending:
         self,
         keepers: Sequence[Kept],
         drains: Drains,
-        pool: ShardPool,
+        route: Route,
         terms: Terms,
         shard_of: Callable[[str], str],
     ) -> None:
         """`shard_of` tells which shard serves on a device, by its name; empty: none does, or it
         does not make room."""
-        self._pool = pool
+        self._route = route
         self._shard_of = shard_of
         self._publishing = 0
         self._desks = {
@@ -79,7 +91,7 @@ class Lending:
         """See `Lender.give_back`."""
         desk = self._desk(device)
         if desk is not None:
-            desk.give_back(uid, serve=publishes and not self._pool.stays_open)
+            desk.give_back(uid, serve=publishes and not self._route.stays_open)
 
     def outage(self, uid: str) -> Notice | None:
         """See `Lender.outage`."""
@@ -96,7 +108,7 @@ class Lending:
         """See `Lender.serving`. Where no shard is open for another reason it is entered at once."""
         self._publishing += 1
         try:
-            while self._pool.lent and not self._pool.stays_open:  # noqa: ASYNC110  # it tells no one
+            while self._route.lent and not self._route.stays_open:  # noqa: ASYNC110  # it tells no one
                 await asyncio.sleep(LOOK_INTERVAL_S)
             yield
         finally:

@@ -22,6 +22,7 @@ from pydantic_settings import BaseSettings, CliApp, NoDecode, SettingsConfigDict
 from engine import processors
 from engine.sampling import MAX_N
 from gateway.address import Address, is_loopback
+from gateway.device_names import AUTO, NO_DEVICE, checked
 from gateway.tls_files import check_tls
 from store.records import NAME
 from store.sources import AllowedSources
@@ -31,9 +32,7 @@ class SettingsError(Exception):
     """The settings contradict themselves or each other. One line per finding."""
 
 
-AUTO, NO_DEVICE = "auto", "none"
 VISIBLE_GPUS = "CUDA_VISIBLE_DEVICES"
-"""Of --training-devices, in place of devices."""
 
 PRICE = re.compile(r"([0-9]+(?:\.[0-9]+)?) ([A-Z]{3})")
 """An amount and the three letters of a currency."""
@@ -124,9 +123,7 @@ class Settings(BaseSettings):
         "(spare), or even if calls are refused meanwhile (always).",
     )
     lend_limit_s: float | None = Field(
-        None,
-        ge=1,
-        description="Longest that a shard is lent at once; then the job saves and waits.",
+        None, ge=1, description="Longest that a shard is lent at once; then the job saves."
     )
     lend_rest_s: float = Field(
         60.0, ge=0, description="Seconds that a shard serves before it is lent again."
@@ -188,16 +185,7 @@ class Settings(BaseSettings):
     @field_validator("training_devices")
     @classmethod
     def _check_devices(cls, value: list[str]) -> list[str]:
-        if len(value) == 1 and value[0] in (AUTO, NO_DEVICE):
-            return value
-        for device in value:
-            if device in (AUTO, NO_DEVICE):
-                raise ValueError(f"{device} stands alone; leave it out, or the others")
-            if device != "cpu" and not (device.isascii() and device.isdecimal()):
-                raise ValueError(f"{device!r} is neither cpu nor the number of a GPU")
-        if len(set(value)) != len(value):
-            raise ValueError("names a device twice; give each once")
-        return value
+        return checked(value)
 
     @field_validator("training_price")
     @classmethod

@@ -124,7 +124,6 @@ class Story:
                 max_loras=ADAPTERS,
                 max_cpu_loras=2 * ADAPTERS,
                 max_lora_rank=RANK,
-                device_ids=() if options.cpu else (0,),
                 sleeps=not options.cpu,
             ),
             contextlib.nullcontext,
