@@ -16,7 +16,7 @@ from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, CliApp, NoDecode, SettingsConfigDict
 
 from engine import processors
@@ -106,7 +106,7 @@ class Settings(BaseSettings):
         30.0, ge=1, le=3600, description="An engine that does not answer for so long is killed."
     )
 
-    training_devices: Annotated[list[str], NoDecode] = Field(
+    training_devices: Annotated[list[str], NoDecode, AfterValidator(checked)] = Field(
         default_factory=lambda: [AUTO],
         description="cpu, or numbers of GPUs, that train; repeatable. none turns training off; "
         "auto takes the cpu where the engine runs on it.",
@@ -181,11 +181,6 @@ class Settings(BaseSettings):
         """A list from flags, comma-separated from the environment."""
         entries = value if isinstance(value, list) else [value]
         return [part for entry in entries for part in str(entry).split(",") if part] or [AUTO]
-
-    @field_validator("training_devices")
-    @classmethod
-    def _check_devices(cls, value: list[str]) -> list[str]:
-        return checked(value)
 
     @field_validator("training_price")
     @classmethod
