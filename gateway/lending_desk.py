@@ -177,7 +177,8 @@ class LendingDesk:
             how = "sleeps" if sleeps else "has ended"
             took_s = time.monotonic() - drained_s
             logger.info("%s: its engine %s after %.1f s", name, how, took_s)
-            logger.info("%s: %.1f GiB of its device are free that were not", name, freed_gib)
+            if sleeps:
+                logger.info("%s: that freed %.1f GiB of GPU memory", name, freed_gib)
             await self._until_wanted_back(memory)
             await memory.until_free()
         except Exception:  # it is to serve in any case

@@ -24,7 +24,7 @@ from lora_gateway.v1.admin_pb2_grpc import AdminStub
 from tests.details import detail, error_info
 from tests.e2e import training
 from tests.e2e.scripted_gateway import ScriptedGateway, Watch, scripted_gateway
-from tests.e2e.shard_calls import ask
+from tests.e2e.shard_calls import ask, ask_often
 from tests.trainer.scripted_worker import Script
 
 STEPS = 30
@@ -81,10 +81,23 @@ async def health(gateway: ScriptedGateway) -> int:
         return int((await stub.Check(request, timeout=30)).status)
 
 
+async def used(gateway: ScriptedGateway) -> set[str]:
+    """Shards that answer when several ask at once."""
+    answers = await ask_often(gateway.process.address, "", 8)
+    return {answer.served_by.shard for answer in answers}
+
+
 async def until_serving(gateway: ScriptedGateway) -> None:
     async with asyncio.timeout(SOON_S):
         while await health(gateway) != SERVING:
             await asyncio.sleep(0.1)
+
+
+async def resting(gateway: ScriptedGateway, watch: Watch, name: str) -> None:
+    """Have the job rest, so that the shard is not lent again meanwhile, and serves."""
+    while (await gateway.wish("Pause", name)).state != pb.JOB_STATE_PAUSED:
+        await asyncio.sleep(0.1)
+    await until_serving(gateway)
 
 
 def notices(watch: Watch) -> list[tuple[str, str]]:
@@ -150,13 +163,14 @@ async def test_lend_ends_when_the_trainer_is_killed_and_is_asked_for_again(
     for process in alone.training():
         process.kill()
     await watch.until(pb.JOB_STATE_RECOVERING)
-    await until_serving(alone)
-    assert await text(alone, "alpha")
+    await resting(alone, watch, "killed")
+    assert await text(alone, "alpha"), "it serves"
+    await alone.wish("Resume", "killed")
     (alone.state / "go").touch()
     job = await watch.end()
     (alone.state / "go").unlink()
     assert (job.state, job.attempt) == (pb.JOB_STATE_SUCCEEDED, 2), job.error
-    assert [what for what, _ in notices(watch)].count("DEVICE_LENT") == 2
+    assert [what for what, _ in notices(watch)].count("DEVICE_LENT") >= 2
     assert set(watch.steps) == set(range(1, STEPS + 1))
 
 
@@ -179,24 +193,26 @@ async def test_lend_and_the_host_is_killed(alone: ScriptedGateway) -> None:
     (process,) = alone.training()
     alone.kill_and_start()
     assert not process.is_running(), "its device was taken back before the engine started"
+    await resting(alone, watch, "host")
     assert await text(alone, "alpha"), "it serves"
+    await alone.wish("Resume", "host")
     (alone.state / "go").touch()
     job = await watch.end()
     (alone.state / "go").unlink()
-    assert (job.state, job.attempt) == (pb.JOB_STATE_SUCCEEDED, 2), job.error
+    assert job.state == pb.JOB_STATE_SUCCEEDED, job.error
     assert (job.lost_steps, job.attempts_left) == (0, 3), "nothing is counted"
+    assert sorted(watch.steps) == list(range(1, STEPS + 1)), "each once"
     order = [what for what, _ in notices(watch)]
     begin = order.index("DEVICE_RECLAIMED")
-    assert [each for each in order[begin - 1 :] if each.isupper()][:6] == [
-        *("PAUSING", "DEVICE_RECLAIMED", "PAUSED", "QUEUED", "DEVICE_LENT", "PREPARING")
-    ]
+    assert order[begin - 1 : begin + 3] == ["PAUSING", "DEVICE_RECLAIMED", "PAUSED", "QUEUED"]
+    assert "DEVICE_LENT" in order[begin:]
     await until_serving(alone)
 
 
 async def test_lend_of_one_of_two_shards_fails_no_call(
     adapters: Mapping[str, Path], tmp_path: Path
 ) -> None:
-    flags = ("--shards", "2", "--lend-shards", "spare", "--lend-limit-s", "4")
+    flags = ("--shards", "2", "--lend-shards", "spare", "--lend-limit-s", "20")
     with lending(tmp_path, adapters["alpha"], *flags) as two:
         await upload(two)
         served: list[str] = []
@@ -215,21 +231,21 @@ async def test_lend_of_one_of_two_shards_fails_no_call(
         await watch.until(step=1)
         assert await state(two, 1) == "LENT"
         lent_from = len(served)
-        await asyncio.sleep(1.0)
-        during = served[lent_from + 2 :]
         assert await health(two) == SERVING
         await watch.until(pb.JOB_STATE_PAUSED)  # the limit
+        during = served[lent_from + 1 :]  # one may have been on its way
         assert during and set(during) == {"shard-0"}
         (two.state / "go").touch()
         job = await watch.end()
-        assert (job.state, job.attempt, job.lost_steps) == (pb.JOB_STATE_SUCCEEDED, 2, 0), job.error
+        assert (job.state, job.lost_steps) == (pb.JOB_STATE_SUCCEEDED, 0), job.error
         async with asyncio.timeout(SOON_S):
-            while await state(two, 1) != "UP" or "shard-1" not in served[-20:]:
+            while "shard-1" not in await used(two):
                 await asyncio.sleep(0.2)
         over.set()
         await calling  # and none failed
         assert await text(two, "alpha") == before
         codes = [what for what, _ in notices(watch)]
-        assert "DEVICE_RECALLED" in codes and codes.count("DEVICE_LENT") == 2
-        assert two.process.metrics("gateway_shard_lent_seconds_count", shard="shard-1") == [2.0]
+        assert "DEVICE_RECALLED" in codes and codes.count("DEVICE_LENT") >= 2
+        (count,) = two.process.metrics("gateway_shard_lent_seconds_count", shard="shard-1")
+        assert count == codes.count("DEVICE_LENT")
         assert two.process.metrics("gateway_shard_lent_seconds_count", shard="shard-0") == [0.0]
