@@ -64,6 +64,8 @@ class EngineOptions:
     otlp_endpoint: str | None = None
     devices: int = 1
     """Over how many GPUs it is spread: the first that it sees. 1 on a CPU."""
+    sleeps: bool = False
+    """Whether it can let go of its GPUs and stay: `gateway_sleep` of `engine/core_plugin.py`."""
 
     def build_config(self) -> VllmConfig:
         """The full vLLM configuration. Raises CoreFailed when vLLM refuses it."""
@@ -82,6 +84,7 @@ class EngineOptions:
             max_cpu_loras=self.max_cpu_loras,
             max_lora_rank=self.max_lora_rank,  # type: ignore[arg-type]  # one of vLLM's literals
             tensor_parallel_size=self.devices,
+            enable_sleep_mode=self.sleeps,
             otlp_traces_endpoint=self.otlp_endpoint,
             use_tqdm_on_load=False,
             # vLLM's histograms begin at 0.3 s, too coarse for queue times.

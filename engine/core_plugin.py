@@ -42,6 +42,8 @@ def register() -> None:
         gateway_abort_client,
         gateway_requests_of,
         gateway_load,
+        gateway_sleep,
+        gateway_wake,
         gateway_stop,
     ):
         setattr(EngineCoreProc, utility.__name__, utility)
@@ -109,6 +111,28 @@ def gateway_load(self: Any) -> list[float]:
     running, waiting = scheduler.get_request_counts()
     deferred = len(scheduler.deferred_waiting)
     return [running, waiting, deferred, float(scheduler.get_kv_cache_usage())]
+
+
+def gateway_sleep(self: Any) -> Any:
+    """Give up the GPU's memory, and answer once that is done. What still runs is aborted.
+
+    At level 1 vLLM copies the weights to the host's memory, the slots of adapters among them, which
+    lie beside the weights. At level 2 it would read the weights again from disk, but nothing fills
+    those slots: adapters would be answered in what another process left there
+    (vllm/v1/worker/gpu_worker.py:294). The KV cache and its index are dropped.
+    """
+    return self.sleep(1, "abort")
+
+
+def gateway_wake(self: Any) -> None:
+    """Take the GPU's memory again, and forget all adapters: the host loads what belongs here.
+
+    The KV cache comes back with whatever is in that memory, NaN perhaps: `always` is what makes
+    that harmless. Fails where the memory is not there.
+    """
+    self.wake_up(None)
+    for lora_int_id in [*self.list_loras()]:
+        self.remove_lora(lora_int_id)
 
 
 def gateway_stop(self: Any) -> None:

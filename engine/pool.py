@@ -16,7 +16,16 @@ from types import TracebackType
 from engine.errors import AdapterNotFound, AdapterNotReady, VersionNotFound
 from engine.generation import ServedVersion, VersionKey
 from engine.residents import Resident, Residents
-from engine.ring import AdapterKey, Choice, NoShardOpen, Plan, Reason, Ring, ShardState
+from engine.ring import (
+    AdapterKey,
+    Choice,
+    NoShardOpen,
+    Plan,
+    Reason,
+    Ring,
+    ShardLent,
+    ShardState,
+)
 from engine.shard import Shard
 from engine.slot_holds import Slot
 from engine.split import Split
@@ -158,6 +167,7 @@ class ShardPool:
         self._in_flight = dict.fromkeys(known, 0)
         self._placed = 0
         self._drained = frozenset[str]()
+        self._lent = frozenset[str]()
         self._members: dict[str, tuple[Shard, Residents]] = {}
         for shard in shards:
             self.join(shard, residents[shard.name])
@@ -182,16 +192,21 @@ class ShardPool:
         """Shards that take no requests, up or not."""
         return self._drained
 
+    @property
+    def lent(self) -> frozenset[str]:
+        """Shards that are lent, or about to be."""
+        return self._lent
+
     def join(self, shard: Shard, residents: Residents) -> None:
         """Place requests on this shard too, from now on, unless it is drained. Raises KeyError
         for an unknown name."""
         self._members[shard.name] = shard, residents
         self._note_state(shard.name)
 
-    def drain(self, shards: Collection[str]) -> None:
+    def drain(self, shards: Collection[str], lent: Collection[str] = ()) -> None:
         """Place nothing on these shards from now on, and again on all others that are up. What is
-        placed stays."""
-        self._drained = frozenset(shards)
+        placed stays. Those that are `lent` to training are among them, or will be soon."""
+        self._drained, self._lent = frozenset(shards), frozenset(lent)
         for name in self._members:
             self._note_state(name)
 
@@ -212,6 +227,12 @@ class ShardPool:
     def is_open(self) -> bool:
         """Whether any shard takes requests."""
         return ShardState.UP in self._ring.states.values()
+
+    @property
+    def stays_open(self) -> bool:
+        """Whether any does that is not about to be lent."""
+        states = self._ring.states
+        return any(states[name] is ShardState.UP for name in states if name not in self._lent)
 
     def resolve(
         self, tenant: str, adapter: str, version: int | None, session: str
@@ -236,7 +257,18 @@ class ShardPool:
     def choose(self, key: VersionKey | None, without: Collection[str] = ()) -> Choice:
         """Where a request would be placed now, and by what. Raises as `route_to`."""
         adapter = None if key is None else AdapterKey(key.tenant, key.adapter)
-        return self._ring.choose(adapter, self._in_flight, without)
+        try:
+            return self._ring.choose(adapter, self._in_flight, without)
+        except NoShardOpen as error:
+            raise self._none_open(error.shard) from None
+
+    def _none_open(self, first: str) -> NoShardOpen:
+        """Why no shard is open, `first` the first one. Lent, if no other one is about to come."""
+        states = self._ring.states
+        dead = [name for name in states if states[name] is ShardState.DOWN]
+        if self._lent and self._lent.issuperset(dead):
+            return ShardLent(first if first in self._lent else min(self._lent))
+        return NoShardOpen(first)
 
     def homes(self, key: VersionKey) -> list[Route]:
         """The shards that should have the version loaded, the first to be asked first.
@@ -246,7 +278,7 @@ class ShardPool:
         adapter = AdapterKey(key.tenant, key.adapter)
         names = self._ring.replicas(adapter)
         if not names:
-            raise NoShardOpen(self._ring.ranked(adapter)[0])
+            raise self._none_open(self._ring.ranked(adapter)[0])
         return [self._at(name, key, Reason.PLANNED) for name in names]
 
     def _at(self, name: str, key: VersionKey | None, reason: Reason) -> Route:

@@ -60,6 +60,16 @@ class NoShardOpen(ShardUnavailable):
         self.shard = shard
 
 
+class ShardLent(NoShardOpen):
+    """The shards that could answer are lent to training."""
+
+    def __init__(self, shard: str) -> None:
+        EngineError.__init__(
+            self, "no shard takes requests while their devices are lent to training; retry later"
+        )
+        self.shard = shard
+
+
 class AdapterKey(NamedTuple):
     """Names an adapter, over all tenants. Its versions share their shards."""
 

@@ -9,9 +9,9 @@ from engine.pool import ServedView
 from engine.split import Split
 from gateway import admin_codec as codec
 from gateway.call import current_call
-from gateway.channel import Explain
 from gateway.crashes import Crashes
 from gateway.drains import Drains
+from gateway.messages import Explain
 from gateway.processes import Processes
 from gateway.quarantine_codec import decode_subject, encode_quarantine
 from gateway.shard_survey import ShardSurvey

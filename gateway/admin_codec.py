@@ -11,7 +11,7 @@ from engine.generation import Load, VersionKey
 from engine.ring import Reason
 from engine.split import Split
 from gateway.adapter_codec import encode_time, name_violations, refuse
-from gateway.drains import Drain, Move
+from gateway.drains import Drain, Move, Wish
 from gateway.explanation import Explanation
 from gateway.keeper import Death
 from gateway.keeper_state import KeeperState
@@ -133,7 +133,8 @@ def _drain(drain: Drain) -> pb.ShardDrain:
     return pb.ShardDrain(
         phase=pb.DRAIN_PHASE_DRAINED if drain.moved else pb.DRAIN_PHASE_MOVING,
         begin_time=_time(drain.begin_s),
-        by_renewal=drain.by_renewal,
+        by_renewal=Wish.RENEWAL in drain.wishes,
+        by_lending=Wish.LENDING in drain.wishes,
         versions_to_move=drain.to_move,
         versions_moved=drain.done,
     )

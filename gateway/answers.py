@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from google.protobuf import duration_pb2
 from google.protobuf.message import Message
@@ -21,6 +21,7 @@ from engine.errors import (
     ShardUnavailable,
     Violation,
 )
+from engine.ring import ShardLent
 from gateway.admission import RETRY_DELAY_S, Draining, Overloaded
 from gateway.call import Call
 from gateway.exceptions import (
@@ -35,6 +36,8 @@ from store.uploads import ChecksumMismatch, UploadIdReused, UploadTooLong
 from trainer.errors import DatasetInvalid, GateRejected, InvalidSpec, UnservableAdapter
 
 MAX_METADATA_CHARACTERS = 256
+LENT_RETRY_DELAY_S = 30.0
+"""A shard that is lent is away for minutes at least."""
 INTERNAL_MESSAGE = "internal error; report the request id to the operator"
 
 
@@ -209,6 +212,13 @@ def shard_unavailable(error: ShardUnavailable, call: Call) -> Answer:
     )
 
 
+def shard_lent(error: ShardLent, call: Call) -> Answer:
+    """As one that is unavailable, but for much longer."""
+    unavailable = shard_unavailable(error, call)
+    details = (_retry_info(LENT_RETRY_DELAY_S),)
+    return replace(unavailable, reason=ErrorReason.ERROR_REASON_SHARD_LENT, details=details)
+
+
 def quarantined(error: AdapterQuarantined, call: Call) -> Answer:
     delay = duration_pb2.Duration()
     delay.FromMilliseconds(int(error.left_s * 1000))
@@ -241,9 +251,9 @@ def internal(error: BaseException, call: Call) -> Answer:
     )
 
 
-def _retry_info() -> error_details_pb2.RetryInfo:
+def _retry_info(delay_s: float = RETRY_DELAY_S) -> error_details_pb2.RetryInfo:
     delay = duration_pb2.Duration()
-    delay.FromMilliseconds(int(RETRY_DELAY_S * 1000))
+    delay.FromMilliseconds(int(delay_s * 1000))
     return error_details_pb2.RetryInfo(retry_delay=delay)
 
 

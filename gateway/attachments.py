@@ -22,7 +22,7 @@ from engine.screening import Screening
 from engine.shard import VllmShard
 from engine.slot_holds import SlotHolds
 from gateway import metrics
-from gateway.channel import WaitsForSlot, Want, WentIdle
+from gateway.messages import WaitsForSlot, Want, WentIdle
 
 logger = logging.getLogger(__name__)
 

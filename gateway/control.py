@@ -1,8 +1,8 @@
-"""The control plane: what the host knows of adapters, and the services that it answers.
+"""The control plane: what the host knows of adapters, jobs and shards, and what it answers.
 
-    worker --Unix socket--> Adapters -> catalog -> ledger -> registry
-                       '--> Training ---^  |          '----> view, to all processes
-                                           '-> residency -> shards
+    worker --Unix socket--> Adapters -> adapter plane -> residency -> shards
+                       |--> Training -> training plane ----^            ^
+                       '--> Admin ----------------------> drains -------'
 
 Owned by the host. It puts the parts together, and ends them.
 """
@@ -10,40 +10,33 @@ Owned by the host. It puts the parts together, and ends them.
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import grpc
 
 from engine.base_model import BaseModules, ModelFingerprints
-from engine.catalog import AdapterCatalog
 from engine.core import ClientSlot
 from engine.core_death import CoreDeath
 from engine.generation import ServedVersion, VersionKey
-from engine.intake import Intake
-from engine.ledger import Ledger
 from engine.pool import ServedView
-from engine.probe import Probe
 from engine.replication import Planner
 from engine.ring import AdapterKey, Plan
 from engine.servability import trainable_modules
 from engine.shard import VllmShard
 from gateway import adapters, admin, training
-from gateway.adapters import Adapters
+from gateway.adapter_plane import AdapterPlane
 from gateway.admin import Admin
 from gateway.admission import MAX_WATCHES, Admission, Draining, Slots
-from gateway.arms import Arms
-from gateway.call import Principal
-from gateway.channel import Acquitted, Ended, Unasked, Used, WaitsForSlot, Want, WentIdle
-from gateway.checkpoint_sources import TRAIN_SCHEME
 from gateway.crashes import Crashes
 from gateway.drains import Drains
-from gateway.evaluation import Evaluations
-from gateway.judgement import Judgement
 from gateway.keeper import ShardKeeper
+from gateway.lending import Lending
+from gateway.lending_terms import Terms, lender_of
+from gateway.messages import Acquitted, Ended, Unasked, Used, WaitsForSlot, Want, WentIdle
 from gateway.naming import Naming
 from gateway.planning import Planning
 from gateway.processes import Processes
@@ -56,7 +49,6 @@ from gateway.shards import Shards
 from gateway.sights import Sights
 from gateway.throughput import Throughput
 from gateway.tracing import Tracing
-from gateway.training import Training
 from gateway.training_plane import TrainingPlane
 from gateway.upload_sweep import UploadSweep
 from gateway.workers import WorkerFleet
@@ -64,15 +56,10 @@ from gateway.wrap import Edge, EdgeInterceptor
 from lora_gateway.v1.adapters_pb2_grpc import add_AdaptersServicer_to_server
 from lora_gateway.v1.admin_pb2_grpc import add_AdminServicer_to_server
 from lora_gateway.v1.training_pb2_grpc import add_TrainingServicer_to_server
-from store.artifacts import ArtifactStore
 from store.jobs import JobStore
 from store.registry import Registry
-from store.sources import AllowedSources
-from store.uploads import UploadStore
 from trainer.pulse import Pulse
 from trainer.served import ServedModel
-
-logger = logging.getLogger(__name__)
 
 MAX_STREAMS = 256
 """Evaluations, reports, previews, estimates, publications and logs at once: each works, or reads
@@ -96,44 +83,39 @@ class ControlPlane:
         """Where workers reach it, as gRPC names it."""
         self._settings = settings
         self._registry = registry
-        self._store = ArtifactStore(state_dir)
-        self._uploads = UploadStore(state_dir)
-        self._sources = AllowedSources(settings.adapter_source_allow)
-        self._processes = Processes(fleet)
+        self._processes = processes = Processes(fleet)
         self._planner = Planner(settings.max_cpu_loras)
-        self._naming = Naming(self._planner.shares, self._processes, fleet)
-        self._ledger = Ledger(registry, self._naming)
-        self._arms = Arms()
+        self._naming = naming = Naming(self._planner.shares, processes, fleet)
         self._throughput = Throughput()
         self.crashes = Crashes()
-        self._judgement = Judgement(
-            registry, self._ledger, self._arms, self._processes, self.crashes.holds
-        )
         self._admission = Admission(MAX_STREAMS)
         self._watches = Slots(MAX_WATCHES, "watches")
         self._tracing = Tracing(settings.otlp_endpoint)
+        self._adapters = AdapterPlane(
+            *(settings, state_dir, registry, naming, processes, self.crashes.holds)
+        )
         self._training = TrainingPlane(settings, state_dir, jobs, training_environment)
-        self._upload_sweep = UploadSweep(self._uploads, registry, self._training.sweep_uploads)
+        self._upload_sweep = UploadSweep(
+            self._adapters.uploads, registry, self._training.sweep_uploads
+        )
         self._served: ServedModel | None = None
         self._modules = BaseModules({})
         self._shards: Shards | None = None
         self._planning: Planning | None = None
         self._renewal: Renewal | None = None
-        self._catalog: AdapterCatalog | None = None
-        self._intake: Intake | None = None
+        self._lending: Lending | None = None
         self._server: grpc.aio.Server | None = None
         self._running: asyncio.Task[Any] | None = None
 
     async def open(self) -> None:
         """Read what is registered."""
-        await self._ledger.open()
-        self._naming.open(self._ledger.view)
+        await self._adapters.open()
         await self._training.open()
 
     @property
     def view(self) -> ServedView:
         """What may be asked for now."""
-        return self._ledger.view
+        return self._adapters.view
 
     @property
     def resident(self) -> Mapping[str, Sequence[ServedVersion]]:
@@ -171,7 +153,7 @@ class ControlPlane:
     def sights(self) -> Sights:
         """What the status page shows of it."""
         return Sights(
-            *(self._ledger, self._registry, self._training.store, self._arms),
+            *(self._adapters.ledger, self._registry, self._training.store, self._adapters.arms),
             *(self._throughput, self._processes, self._shards, self._training.queue_position),
         )
 
@@ -180,6 +162,12 @@ class ControlPlane:
         """Shards that take no requests, whether they are up or not."""
         assert self._shards is not None
         return self._shards.pool.drained
+
+    @property
+    def lent(self) -> frozenset[str]:
+        """Shards that are lent to training, or about to be."""
+        assert self._shards is not None
+        return self._shards.pool.lent
 
     def hear(self, message: Unasked) -> None:
         """What a worker says unasked."""
@@ -190,7 +178,7 @@ class ControlPlane:
             case WaitsForSlot() | WentIdle():
                 self._shards.hear(message)
             case Ended(outcomes):
-                self._arms.record(outcomes)
+                self._adapters.arms.record(outcomes)
             case Used(tokens):
                 self._planning.record(tokens)
                 self._throughput.record(tokens)
@@ -212,25 +200,12 @@ class ControlPlane:
             max_lora_rank=int(settings.max_lora_rank),
             target_modules=trainable_modules(modules.linear),
         )
-        self._intake = Intake(
-            self._store,
-            self._uploads,
-            self._sources,
-            modules.shapes,
-            prints,
-            max_lora_rank=int(settings.max_lora_rank),
-            dtype=dtype,
-            folders={TRAIN_SCHEME: self._training.sources.adapter},
-        )
-        self._catalog = AdapterCatalog(
-            self._ledger, self._registry, self._store, self._uploads, self._intake
-        )
+        checkpoint = self._training.sources.adapter
+        self._adapters.check_for(modules.shapes, prints, dtype, checkpoint)
 
     async def check(self, adapter: str, folder: Path) -> None:
         """Check the adapter in a folder of the operator's. Raises AdapterInvalid."""
-        assert self._intake is not None
-        async with self._intake.inspect_folder(adapter, folder):
-            pass
+        await self._adapters.check(adapter, folder)
 
     def lose(self, shard: str, death: CoreDeath) -> None:
         """The core is dead: nobody uses it any more, and whoever waits for it is told."""
@@ -248,45 +223,50 @@ class ControlPlane:
 
     async def admit(self, shard: str, take_slot: Callable[[], ClientSlot]) -> None:
         """Have all use the shard from now on, and go on with what it left undone."""
-        assert self._shards is not None and self._catalog is not None
+        assert self._shards is not None
         self._shards.open(shard)
         resident, granted = self._shards.resident[shard], self._shards.granted[shard]
         await self._processes.admit(shard, resident, granted, take_slot)
-        await self._catalog.go_on()
+        await self._adapters.catalog.go_on()
 
     def serve_on(self, shards: Iterable[VllmShard], keepers: Sequence[ShardKeeper]) -> None:
         """Load, probe and evaluate on these shards, which have these keepers. Call `run` from now
         on."""
-        assert self._catalog is not None and self._served is not None
-        catalog, served, settings = self._catalog, self._served, self._settings
+        assert self._served is not None
+        served, settings, processes = self._served, self._settings, self._processes
+        catalog, ledger = self._adapters.catalog, self._adapters.ledger
         self._shards = ours = Shards(
             *(settings.shard_names, settings.max_cpu_loras, settings.max_loras),
-            *(catalog, self._processes, self.view),
+            *(catalog, processes, self.view),
         )
         pool = ours.pool
-        self._planning = Planning(self._planner, ours, catalog, self._ledger, self._processes)
-        catalog.serve_on(ours.residencies, pool, Probe(), self._training.trials(served))
-        evaluations = Evaluations(self._registry, self._sources, ours, settings.max_num_seqs)
-        servicer = self._training.serve(
+        self._planning = Planning(self._planner, ours, catalog, ledger, processes)
+        drains = Drains(ours, processes)
+        self._renewal = Renewal(keepers, drains, processes)
+        self._lending = Lending(
+            *(keepers, drains, pool, Terms.of(settings), partial(lender_of, settings))
+        )
+        adapters_servicer = self._adapters.serve(
+            ours, self._training.trials(served), self._admission, self._watches
+        )
+        training_servicer = self._training.serve(
             *(served, self._modules.linear, lambda: pool.route_to(None).shard, catalog),
-            *(self._registry, self._admission, self._watches),
+            *(self._registry, self._admission, self._watches, self._lending),
         )
         for shard in shards:
             ours.join(shard)
             ours.open(shard.name)
-        self._server = self._build_server(catalog, evaluations, servicer)
-        drains = Drains(ours, self._processes)
-        self._renewal = Renewal(keepers, drains, self._processes)
-        places = settings.max_cpu_loras
-        survey = ShardSurvey(keepers, ours, drains, self._processes, places)
-        add_AdminServicer_to_server(
-            Admin(survey, drains, ours, self._processes, self.view, self.crashes), self._server
-        )
+        survey = ShardSurvey(keepers, ours, drains, processes, settings.max_cpu_loras)
+        admin_servicer = Admin(survey, drains, ours, processes, self.view, self.crashes)
+        self._server = server = self._build_server()
+        add_AdaptersServicer_to_server(adapters_servicer, server)
+        add_TrainingServicer_to_server(training_servicer, server)
+        add_AdminServicer_to_server(admin_servicer, server)
 
     async def run(self) -> None:
         """Load what is wanted, watch what is guarded, sweep what is left, until closed."""
         assert self._shards is not None and self._planning is not None
-        assert self._renewal is not None
+        assert self._renewal is not None and self._lending is not None
         self._running = asyncio.current_task()
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._shards.run())
@@ -294,31 +274,23 @@ class ControlPlane:
                 tasks.create_task(self._planning.run())
             tasks.create_task(self._naming.run())
             tasks.create_task(self._renewal.run())
-            tasks.create_task(self._judgement.guard())
+            if self._settings.lends:
+                tasks.create_task(self._lending.run())
+            tasks.create_task(self._adapters.guard())
             tasks.create_task(self._upload_sweep.run())
             tasks.create_task(self._training.run())
 
     async def adopt(self, adapter: str, folder: Path) -> None:
         """Have the adapter in a folder of the operator's as a version, loaded. Raises
         AdapterInvalid."""
-        assert self._catalog is not None
-        tenant = Principal().tenant
-        record = await self._catalog.adopt(tenant, adapter, folder)
-        await self._catalog.load(VersionKey(tenant, adapter, record.version))
-        arms = (await self._registry.adapter(tenant, adapter)).arms
-        if all(arm.version != record.version for arm in arms):
-            logger.warning(
-                "adapter %s version %d is READY and has no traffic; to give it all: "
-                "gateway adapters promote %s %d",
-                *(adapter, record.version, adapter, record.version),
-            )
+        await self._adapters.adopt(adapter, folder)
 
     async def serve(self) -> None:
         """Answer workers, and go on with what the last process left undone."""
-        assert self._server is not None and self._catalog is not None
+        assert self._server is not None
         self._server.add_insecure_port(self.address)
         await self._server.start()
-        await self._catalog.resume()
+        await self._adapters.catalog.resume()
 
     async def close(self) -> None:
         """End everything, in an order in which nothing is lost that was acknowledged."""
@@ -331,16 +303,12 @@ class ControlPlane:
             self._running.cancel()
             await asyncio.wait((self._running,))
         await self._training.close()
-        if self._catalog is not None:
-            await self._catalog.close()
-        await self._ledger.close()
+        await self._adapters.close()
         if self._shards is not None:
             await self._shards.close()
         await asyncio.to_thread(self._tracing.close)
 
-    def _build_server(
-        self, catalog: AdapterCatalog, evaluations: Evaluations, training_servicer: Training
-    ) -> grpc.aio.Server:
+    def _build_server(self) -> grpc.aio.Server:
         settings = self._settings
         edge = Edge(
             self._admission,
@@ -352,19 +320,6 @@ class ControlPlane:
             caller,
             adapters.PATIENT_METHODS | training.PATIENT_METHODS | admin.PATIENT_METHODS,
         )
-        server = grpc.aio.server(
+        return grpc.aio.server(
             interceptors=[EdgeInterceptor(edge, HOST_SERVICES)], options=list(HOST_OPTIONS)
         )
-        servicer = Adapters(
-            catalog,
-            self._ledger,
-            self._registry,
-            self._uploads,
-            self._judgement,
-            evaluations,
-            self._admission,
-            self._watches,
-        )
-        add_AdaptersServicer_to_server(servicer, server)
-        add_TrainingServicer_to_server(training_servicer, server)
-        return server

@@ -1,21 +1,22 @@
-"""Shards that are taken out of the route, and put back: by an operator, or to be renewed.
+"""Shards that are taken out of the route, and put back: for an operator, to be renewed, or lent.
 
     drain:  what has traffic is loaded where it will go -> the route moves -> what runs there ends
     resume: what belongs there is loaded there -> the route moves back
 
 That a shard is drained is what somebody wants, and no state of its core: it stays so when the core
-dies and another one comes. Owned by the control plane (ADR 0011).
+dies and another one comes. Owned by the control plane (ADR 0011, ADR 0016).
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import enum
 import logging
 import math
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from engine.errors import EngineError, ShardUnavailable
@@ -40,14 +41,24 @@ CORE_ANSWER_S = 2.0
 _UNUSED = Use(0, 0.0)
 
 
+class Wish(enum.Enum):
+    """Whose wish it is that a shard takes no requests."""
+
+    OPERATOR = "operator"
+    RENEWAL = "renewal"
+    """To replace its core."""
+    LENDING = "lending"
+    """To lend its device."""
+
+
 @dataclass(slots=True)
 class Drain:
     """One shard that is to take no requests."""
 
     begin_s: float
     """When it was asked for, in seconds since the epoch."""
-    by_operator: bool = False
-    by_renewal: bool = False
+    wishes: set[Wish] = field(default_factory=set)
+    """It stays drained until all of them are taken back."""
     moved: bool = False
     """Whether the route has moved."""
     to_move: int = 0
@@ -95,27 +106,50 @@ class Drains:
         if shard not in (names := self._shards.pool.ring.shards):
             raise ShardUnknown(shard, names)
 
-    async def drain(self, shard: str, *, by_renewal: bool = False) -> list[Move]:
+    def is_last(self, shard: str) -> bool:
+        """Whether nobody would answer without this one, now or for good."""
+        states = self._shards.pool.ring.states
+        others = [name for name in states if name != shard]
+        if states[shard] is ShardState.UP and not any(
+            states[name] is ShardState.UP for name in others
+        ):
+            return True
+        return all(name in self._drains for name in others)
+
+    async def drain(
+        self,
+        shard: str,
+        *,
+        wish: Wish = Wish.OPERATOR,
+        even_last: bool = False,
+        notice_s: float = 0.0,
+    ) -> list[Move]:
         """Take a shard out of the route; returns when that has moved, with what was loaded first.
 
-        Cancelled before the route moves, it leaves all as it was. Raises ShardUnknown and
-        LastOpenShard.
+        The last one that is open is refused, or taken if `even_last`: then health has said for
+        `notice_s` that it will be. Cancelled before the route moves, it leaves all as it was.
+        Raises ShardUnknown and LastOpenShard.
         """
         self.check(shard)
         async with self._shards.routing:
             drain = self._drains.get(shard)
             if drain is not None:
-                drain.by_operator |= not by_renewal
-                drain.by_renewal |= by_renewal
+                drain.wishes.add(wish)
+                await self._announce()
                 return []
-            self._refuse_last(shard)
-            drain = Drain(time.time(), not by_renewal, by_renewal)
+            self._refuse_last(shard, even_last)
+            drain = Drain(time.time(), {wish})
             self._drains[shard] = drain
             try:
+                if wish is Wish.LENDING:
+                    await self._announce()
+                    await asyncio.sleep(notice_s if self.is_last(shard) else 0.0)
                 moves = await self._move(shard, drain)
-                self._refuse_last(shard)  # the others may have died meanwhile
+                self._refuse_last(shard, even_last)  # the others may have died meanwhile
             except BaseException:
                 del self._drains[shard]
+                if wish is Wish.LENDING:
+                    await self._announce()
                 raise
             # No step since the last look at what is to be moved.
             drain.moved = True
@@ -123,7 +157,7 @@ class Drains:
         logger.info("%s is drained: %d loads elsewhere came first", shard, len(moves))
         return moves
 
-    async def resume(self, shard: str, *, by_renewal: bool = False) -> None:
+    async def resume(self, shard: str, *, wish: Wish = Wish.OPERATOR) -> None:
         """Put a shard back into the route, warm. Cancelled before, it stays drained. Raises
         ShardUnknown."""
         self.check(shard)
@@ -131,11 +165,11 @@ class Drains:
             drain = self._drains.get(shard)
             if drain is None:
                 return
-            if drain.by_renewal and drain.by_operator:  # the other one still wants it
-                drain.by_renewal &= not by_renewal
-                drain.by_operator &= by_renewal
+            if wish not in drain.wishes:
                 return
-            if drain.by_renewal is not by_renewal:
+            if len(drain.wishes) > 1:  # another one still wants it
+                drain.wishes.remove(wish)
+                await self._announce()
                 return
             if shard in self._shards.residencies:
                 with contextlib.suppress(ShardUnavailable):  # it dies, and is warm when it is back
@@ -166,23 +200,20 @@ class Drains:
             return False
         return not load.running + load.waiting
 
-    def _refuse_last(self, shard: str) -> None:
-        """Raise LastOpenShard if nobody would answer without this one, now or for good."""
-        states = self._shards.pool.ring.states
-        others = [name for name in states if name != shard]
-        if states[shard] is ShardState.UP and not any(
-            states[name] is ShardState.UP for name in others
-        ):
-            raise LastOpenShard(shard)
-        if all(name in self._drains for name in others):
+    def _refuse_last(self, shard: str, even_last: bool) -> None:
+        """Raise LastOpenShard if nobody would answer without this one, unless that is meant."""
+        if not even_last and self.is_last(shard):
             raise LastOpenShard(shard)
 
     async def _announce(self) -> None:
         names = frozenset(name for name, drain in self._drains.items() if drain.moved)
+        lent = frozenset(
+            name for name, drain in self._drains.items() if Wish.LENDING in drain.wishes
+        )
         for name in self._shards.pool.ring.shards:
             metrics.shard_drained.labels(name).set(name in names)
-        self._shards.pool.drain(names)
-        await self._processes.drain(names)
+        self._shards.pool.drain(names, lent)
+        await self._processes.drain(names, lent)
 
     # --- what is to be loaded elsewhere -----------------------------------------------------
 

@@ -28,6 +28,7 @@ from engine.errors import (
     ShardUnavailable,
     VersionNotFound,
 )
+from engine.ring import ShardLent
 from gateway import answers
 from gateway.admission import Draining, Overloaded
 from gateway.call import Call
@@ -311,6 +312,7 @@ _TABLE: tuple[tuple[type[Exception], Callable[..., answers.Answer]], ...] = (
     (Overloaded, answers.overloaded),
     (Draining, answers.draining),
     (AdapterQuarantined, answers.quarantined),
+    (ShardLent, answers.shard_lent),
     (ShardUnavailable, answers.shard_unavailable),
     (DefaultDeadlineExceeded, answers.deadline),
 )

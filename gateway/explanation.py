@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from engine.errors import AdapterNotFound, AdapterNotReady
 from engine.pool import ShardPool
 from engine.ring import Choice, NoShardOpen
-from gateway.channel import Explain
+from gateway.messages import Explain
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,10 +26,10 @@ from engine.models import resolve_model
 from engine.pool import ServedView
 from engine.signals import tie_children
 from gateway.call import Principal
-from gateway.channel import Orders
 from gateway.control import ControlPlane
 from gateway.http_endpoint import HttpEndpoint
 from gateway.keeper import ShardKeeper
+from gateway.messages import Orders
 from gateway.metrics import registry_commit
 from gateway.pid_file import PidFile
 from gateway.port import HeldPort, PortTaken
@@ -224,6 +224,7 @@ class Host:
             named=control.named,
             drained=control.drained,
             quarantined=control.crashes.state,
+            lent=control.lent,
         )
 
     async def _after_death(self, worker: WorkerProcess, endpoint: HttpEndpoint) -> None:
@@ -306,6 +307,7 @@ def _engine_options(settings: Settings, model_path: Path, shard: int) -> EngineO
         max_lora_rank=int(settings.max_lora_rank),
         otlp_endpoint=settings.otlp_endpoint,
         devices=settings.devices_per_shard,
+        sleeps=settings.lends and bool(settings.gpus(shard)),
     )
 
 

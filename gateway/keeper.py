@@ -2,11 +2,13 @@
 
     STARTING -> UP -> DEAD -> REBUILDING -> WARMING -> UP -> ...
                 |      ^----------'------------'
-                '- to be renewed ---^
+                |- to be renewed ---^            |
+                '- its device is wanted -> LENT -'  (asleep; if it ended: REBUILDING)
 
 A core is dead when its process ended, and also when it does not answer for so long that it never
 will: then all its processes are killed first. One that has few client slots left is ended in order.
-What belongs on the new one is loaded before anybody may use it (ADR 0010, ADR 0011).
+What belongs on the new one is loaded before anybody may use it (ADR 0010, ADR 0011). One whose
+device is lent sleeps where that is a GPU, and ends where it is not (ADR 0016).
 """
 
 from __future__ import annotations
@@ -14,18 +16,14 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-import os
 import time
 from collections import deque
-from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
 
 from engine.core import (
     ClientSlot,
     EngineConfig,
-    EngineCore,
     EngineOptions,
     Environment,
     Started,
@@ -36,15 +34,15 @@ from engine.errors import CoreFailed, ShardUnavailable
 from engine.screening import Screening
 from engine.shard import VllmShard
 from gateway import metrics
-from gateway.inquest import inquest
+from gateway.driven_core import DrivenCore
+from gateway.followers import Followers
 from gateway.keeper_state import TRANSITIONS, Cause, KeeperState
+from gateway.loan import Loan
 from gateway.note import NOTES_KEPT, Note
+from gateway.renewal import LOW_SLOTS
 from gateway.restarts import Restarts
 
 logger = logging.getLogger(__name__)
-
-ASK_INTERVAL_S = 1.0
-"""How often a core is asked whether it still answers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,20 +53,6 @@ class Death:
     """For people."""
     time_s: float
     """In seconds since the epoch."""
-
-
-class Followers(Protocol):
-    """All who use a shard, and follow its fate."""
-
-    def lose(self, shard: str, death: CoreDeath) -> None:
-        """The core is dead: nobody uses it any more, and whoever waits for it is told."""
-
-    async def prepare(self, shard: VllmShard) -> None:
-        """Load what belongs on a new core, which nobody uses yet. Raises ShardUnavailable."""
-
-    def admit(self, shard: str, take_slot: Callable[[], ClientSlot]) -> Coroutine[Any, Any, None]:
-        """Have all use it, before the first wait; then wait until they do. The slots are for
-        workers."""
 
 
 class ShardKeeper:
@@ -117,10 +101,12 @@ class ShardKeeper:
         self._records: list[Path] = []
         """Where the last two cores wrote down their steps. Workers may still read of the one that
         has died when the next one starts."""
-        self._core: EngineCore | None = None
+        self._core: DrivenCore | None = None
         self._renewal: asyncio.Future[None] | None = None
         """Done when the core that was to be renewed is replaced."""
-        self._renewal_asked = asyncio.Event()
+        self._wish = asyncio.Event()
+        """Set when something is asked of a core that is up."""
+        self._loan: Loan | None = None
 
     @property
     def slots_left(self) -> int:
@@ -150,13 +136,16 @@ class ShardKeeper:
         Raises CoreFailed, which says how it did, if one dies before `settled` is set.
         """
         while True:
-            cause = await self._death_or_renewal()
+            cause = await self._death_or_wish()
             ended_s = time.monotonic()
-            if cause is Cause.RENEWED:
+            if cause is Cause.LENT and self._loan is not None:
+                loan, self._loan = self._loan, None
+                await self._lend(followers, loan)
+            elif cause is Cause.RENEWED:
                 await self._renew(followers)
                 took_s = time.monotonic() - ended_s
                 logger.info("%s was renewed in %.1f s", self.name, took_s)
-                self._note(f"was renewed in {took_s:.1f} s")
+                self.note(f"was renewed in {took_s:.1f} s")
             else:
                 self.move(KeeperState.DEAD)
                 reason = await self._bury(followers, cause)
@@ -164,22 +153,30 @@ class ShardKeeper:
                 if not self.settled:
                     raise CoreFailed(f"{self.name} ended: {reason}; the gateway ends with it")
                 logger.error("%s ended: %s", self.name, reason)
-                self._note(f"ended: {reason}", is_trouble=True)
+                self.note(f"ended: {reason}", is_trouble=True)
                 await self._replace(followers, cause)
                 took_s = time.monotonic() - ended_s
                 metrics.engine_recovery.labels(self.name).observe(took_s)
                 logger.info("%s is up again after %.1f s", self.name, took_s)
-                self._note(f"is up again after {took_s:.1f} s")
-            self._renewal_asked.clear()  # also where it died before
+                self.note(f"is up again after {took_s:.1f} s")
+            if self._loan is None:  # one that was asked for is lent as soon as it is up
+                self._wish.clear()
             if self._renewal is not None and not self._renewal.done():
-                self._renewal.set_result(None)
+                self._renewal.set_result(None)  # also where it died before
 
     async def renew(self) -> None:
         """Have the core, which is up, ended in order and replaced; returns when that is done. What
         still runs there ends with ShardUnavailable."""
         self._renewal = asyncio.get_running_loop().create_future()
-        self._renewal_asked.set()
+        self._wish.set()
         await self._renewal
+
+    def lend(self) -> Loan:
+        """Have the core let go of its device as soon as it is up. What runs there then ends with
+        ShardUnavailable."""
+        self._loan = loan = Loan()
+        self._wish.set()
+        return loan
 
     def take_slot(self) -> ClientSlot:
         """A fresh slot of the core, for a worker. Raises SlotsUsedUp."""
@@ -199,46 +196,27 @@ class ShardKeeper:
 
     async def stop(self) -> None:
         """End the core, in order if it lives. `keep` was cancelled."""
-        core, shard = self._core, self.shard
+        core = self._core
         alive = self.state is not KeeperState.DEAD
         if self.state is not KeeperState.STOPPED:
             self.move(KeeperState.STOPPED)
         if core is not None:
-            in_order = shard is not None and alive
-            await core.stop(self._ask_to_stop if in_order else None)
-        if shard is not None:
-            shard.close()
+            await core.stop(in_order=alive)
 
-    def _note(self, text: str, *, is_trouble: bool = False) -> None:
+    def note(self, text: str, *, is_trouble: bool = False) -> None:
+        """Write down what happened, for people."""
         self.notes.append(Note(time.time(), text, is_trouble))
-
-    async def _ask_to_stop(self) -> None:
-        assert self.shard is not None
-        await self.shard.call_core("gateway_stop")
 
     async def _build(self, config: EngineConfig | None = None) -> VllmShard:
         """Start a core, drive it, and generate one token. Raises CoreFailed, ShardUnavailable."""
         if config is None:
             config = await asyncio.to_thread(self._options.build_config)
-        record_path = self._next_record()
-        self._core = core = await EngineCore.start(
-            self.name, config, record_path, self._environment, self._started
+        self._core = core = await DrivenCore.start(
+            *(self.name, config, self._next_record(), self._environment),
+            *(self._started, self._stall_timeout_s),
         )
-        try:
-            self.shard = shard = VllmShard.attach(core.take_slot(), self._screening)
-        except TimeoutError as error:  # it died just now
-            raise ShardUnavailable(self.name) from error
-
-        async def try_out() -> None:
-            pids = await shard.call_core("gateway_adopt", os.getpid())
-            core.adopt(pids)
-            for pid in pids:
-                self._started(pid, f"core of {self.name}")
-            await shard.call_core("gateway_record", str(record_path))
-            await shard.warm_up()
-            logger.info("%s runs in process %d", self.name, pids[0])
-
-        await self._unless_dead(try_out())
+        self.shard = shard = core.attach(self._screening)
+        await core.try_out()
         return shard
 
     def _next_record(self) -> Path:
@@ -248,74 +226,95 @@ class ShardKeeper:
         self._records.append(self._run_dir / f"{self.name}-{next(self._incarnations)}.steps")
         return self._records[-1]
 
-    async def _death(self) -> Cause:
-        """Wait until the core has ended, or has not answered for too long."""
-        assert self._core is not None and self.shard is not None
-        ending = asyncio.create_task(self._core.ended())
-        silence = asyncio.create_task(_silence(self.shard, self._stall_timeout_s))
-        try:
-            await asyncio.wait((ending, silence), return_when=asyncio.FIRST_COMPLETED)
-            return Cause.DIED if ending.done() or self.shard.broken else Cause.STALLED
-        finally:
-            ending.cancel()
-            silence.cancel()
-            await asyncio.gather(ending, silence, return_exceptions=True)
-
-    async def _death_or_renewal(self) -> Cause:
-        dying = asyncio.create_task(self._death())
-        asked = asyncio.create_task(self._renewal_asked.wait())
+    async def _death_or_wish(self) -> Cause:
+        assert self._core is not None
+        dying = asyncio.create_task(self._core.death())
+        asked = asyncio.create_task(self._wish.wait())
         try:
             await asyncio.wait((dying, asked), return_when=asyncio.FIRST_COMPLETED)
-            return dying.result() if dying.done() else Cause.RENEWED
+            if dying.done():
+                return dying.result()
+            return Cause.RENEWED if self._loan is None else Cause.LENT
         finally:
             for task in (dying, asked):
                 task.cancel()
             await asyncio.gather(dying, asked, return_exceptions=True)
 
-    async def _unless_dead(self, work: Coroutine[Any, Any, None]) -> None:
-        """Do `work`, which uses the core. Raises ShardUnavailable if the core dies meanwhile."""
-        working, dying = asyncio.create_task(work), asyncio.create_task(self._death())
-        try:
-            await asyncio.wait((working, dying), return_when=asyncio.FIRST_COMPLETED)
-            if not working.done():
-                raise ShardUnavailable(self.name)
-            working.result()
-        finally:
-            working.cancel()
-            dying.cancel()
-            await asyncio.gather(working, dying, return_exceptions=True)
-
     async def _bury(self, followers: Followers, cause: Cause) -> str:
         """Tell all, and end what is left of the core. Returns how it ended, for people."""
-        shard, self.shard = self.shard, None
-        core, self._core = self._core, None
-        death = CoreDeath("it did not start")
-        if core is not None:
-            stalled_s = self._stall_timeout_s if cause is Cause.STALLED else None
-            death = await inquest(core, shard, stalled_s)
+        core, self._core, self.shard = self._core, None, None
+        death = CoreDeath("it did not start") if core is None else await core.inquest(cause)
         followers.lose(self.name, death)
-        if shard is not None:
-            shard.declare_dead(death.crashed)
         if cause is Cause.STALLED:
             logger.error("%s has not answered for %g s: killed", self.name, self._stall_timeout_s)
         if core is not None:
-            await core.stop()
-        if shard is not None:
-            shard.close()
+            await core.kill(death)
         return death.reason
 
     async def _renew(self, followers: Followers) -> None:
         """End the core in order, and start another one."""
         self.move(KeeperState.REBUILDING)  # nobody takes a slot of it any more
         followers.lose(self.name, CoreDeath("it is renewed"))
-        shard, core = self.shard, self._core
-        assert shard is not None and core is not None
-        await core.stop(self._ask_to_stop)
-        self.shard = self._core = None
-        shard.declare_dead(crashed=False)
-        shard.close()
+        await self._end_in_order()
         if not await self._start_again(followers, Cause.RENEWED):
             await self._replace(followers, Cause.START_FAILED)
+
+    async def _end_in_order(self) -> None:
+        core, self._core, self.shard = self._core, None, None
+        assert core is not None
+        await core.end_in_order()
+
+    # --- a device that is lent --------------------------------------------------------------
+
+    async def _lend(self, followers: Followers, loan: Loan) -> None:
+        """Let go of the device until the loan is over, and be up again then."""
+        self.move(KeeperState.LENT)
+        followers.lose(self.name, CoreDeath("its device is lent"))
+        loan.begun.set_result(await self._put_away(followers))
+        await self._rest(followers, loan)
+        if self._core is None:
+            self.move(KeeperState.REBUILDING)
+            if not await self._start_again(followers, Cause.LENT):
+                await self._replace(followers, Cause.START_FAILED)
+        elif not await self._wake(followers):
+            await self._replace(followers, Cause.DIED)
+        loan.ended.set_result(None)
+
+    async def _put_away(self, followers: Followers) -> bool:
+        """Whether the core sleeps; else it has ended. One with few client slots is not worth
+        waking: workers take slots of it again then, and another one has to come soon."""
+        assert self._core is not None
+        if not (self._options.sleeps and self.slots_left > LOW_SLOTS):
+            await self._end_in_order()
+            return False
+        try:
+            await self._core.sleep()
+        except Exception as error:  # awake it would keep the device
+            logger.error("%s does not fall asleep, and is ended: %r", self.name, error)
+            await self._bury(followers, Cause.DIED)
+            return False
+        return True
+
+    async def _rest(self, followers: Followers, loan: Loan) -> None:
+        """Until the loan is over. Nobody misses a core before that which dies in its sleep."""
+        if self._core is not None and await self._core.ended_before(loan.over):
+            reason = f"ended in its sleep: {await self._bury(followers, Cause.DIED)}"
+            self.last_death = Death(reason, time.time())
+            logger.error("%s %s", self.name, reason)
+            self.note(reason, is_trouble=True)
+        await loan.over.wait()
+
+    async def _wake(self, followers: Followers) -> bool:
+        """Whether the core is up again; if not, the shard is DEAD."""
+        assert self._core is not None and self.shard is not None
+        try:
+            await self._core.wake()
+            await self._open(followers, self.shard)
+            return True
+        except Exception as error:
+            logger.error("%s could not be woken up: %r", self.name, error)
+            await self._give_up(followers, f"could not be woken up: {error}")
+        return False
 
     async def _replace(self, followers: Followers, cause: Cause) -> None:
         """Start cores until one is up."""
@@ -336,7 +335,7 @@ class ShardKeeper:
         metrics.shard_restarts.labels(self.name, cause.value).inc()
         self.restarts += 1
         try:
-            await self._revive(followers)
+            await self._open(followers, await self._build())
             return True
         except (CoreFailed, ShardUnavailable) as error:
             reason = f"could not be started again: {error}"
@@ -344,16 +343,21 @@ class ShardKeeper:
         except Exception:  # whatever it is, the other shards serve on
             reason = "could not be started again; the log says why"
             logger.exception("%s could not be started again", self.name)
-        self._note(reason, is_trouble=True)
+        await self._give_up(followers, reason)
+        return False
+
+    async def _give_up(self, followers: Followers, reason: str) -> None:
+        """The core is of no use: the shard is DEAD."""
+        self.note(reason, is_trouble=True)
         self.last_death = Death(reason, time.time())
         self.move(KeeperState.DEAD)
         await self._bury(followers, Cause.START_FAILED)
-        return False
 
-    async def _revive(self, followers: Followers) -> None:
-        shard = await self._build()
+    async def _open(self, followers: Followers, shard: VllmShard) -> None:
+        """Have a core that runs warm, and used by all. Raises ShardUnavailable."""
+        assert self._core is not None
         self.move(KeeperState.WARMING)
-        await self._unless_dead(followers.prepare(shard))
+        await self._core.unless_dead(followers.prepare(shard))
 
         async def admit() -> None:
             # No step in between: a worker gets its slot with its orders from now on, and those
@@ -362,10 +366,4 @@ class ShardKeeper:
             self._restarts.up()
             await followers.admit(self.name, self.take_slot)
 
-        await self._unless_dead(admit())
-
-
-async def _silence(shard: VllmShard, timeout_s: float) -> None:
-    """Wait until the core has not answered for so long, or has said that it is dead."""
-    while not shard.broken and await shard.answers(timeout_s):  # noqa: ASYNC110  # it tells no one
-        await asyncio.sleep(ASK_INTERVAL_S)
+        await self._core.unless_dead(admit())

@@ -109,6 +109,18 @@ shard_drained = Gauge(
     ["shard"],
     multiprocess_mode="livemax",
 )
+shard_lent = Gauge(
+    "gateway_shard_lent",
+    "Whether a shard is out of the route to lend its device to training: 1 or 0.",
+    ["shard"],
+    multiprocess_mode="livemax",
+)
+shard_lent_duration = Histogram(
+    "gateway_shard_lent_seconds",
+    "From a shard leaving the route to lend its device to training, until it takes requests again.",
+    ["shard"],
+    buckets=(10.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1800.0, 3600.0, 7200.0, 14400.0, 28800.0),
+)
 shard_restarts = Counter(
     "gateway_shard_restarts",
     "Starts of a core in place of one that died or stalled, that failed to start, or that had few "
@@ -199,6 +211,7 @@ def know_shard(shard: str) -> None:
     shard_inflight.labels(shard)
     _slot_wait.labels(shard)
     engine_recovery.labels(shard)
+    shard_lent_duration.labels(shard)
     for reason in ring.Reason:
         _placements.labels(shard, reason.value)
 

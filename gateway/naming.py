@@ -16,7 +16,7 @@ from engine.pool import ServedAdapter, ServedView
 from engine.ring import AdapterKey
 from gateway import metrics
 from gateway.adapter_labels import MAX_NAMES_GIVEN, AdapterNames, Dropped
-from gateway.channel import NameAdapters
+from gateway.messages import NameAdapters
 from gateway.workers import WorkerFleet
 
 logger = logging.getLogger(__name__)

@@ -16,7 +16,8 @@ from engine.pool import ServedAdapter
 from engine.quarantine import Quarantined
 from engine.residents import Residents, Use
 from engine.ring import Plan
-from gateway.channel import (
+from gateway.explanation import Explanation
+from gateway.messages import (
     Explain,
     Flush,
     FollowDrains,
@@ -36,7 +37,6 @@ from gateway.channel import (
     TellPlaced,
     TellUses,
 )
-from gateway.explanation import Explanation
 from gateway.worker_process import WorkerProcess
 from gateway.workers import WorkerFleet
 
@@ -156,10 +156,10 @@ class Processes:
         """Have all choose among these replicas; returns when they follow."""
         await _followed("the plan", self._fleet.ask(FollowPlan(plan)))
 
-    async def drain(self, shards: frozenset[str]) -> None:
+    async def drain(self, shards: frozenset[str], lent: frozenset[str]) -> None:
         """Have no process but the host place requests on these shards, and all of them on the
-        others; returns when they follow."""
-        await _followed("the drain of shards", self._fleet.ask(FollowDrains(shards)))
+        others; `lent` are, or are about to be. Returns when they follow."""
+        await _followed("the drain of shards", self._fleet.ask(FollowDrains(shards, lent)))
 
     async def placed(self) -> list[Placed]:
         """What the workers have in flight, of those that answer in time."""

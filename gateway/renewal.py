@@ -14,7 +14,7 @@ import time
 from collections.abc import Sequence
 from typing import Protocol
 
-from gateway.drains import Drains
+from gateway.drains import Drains, Wish
 from gateway.exceptions import LastOpenShard
 from gateway.keeper_state import KeeperState
 from gateway.processes import Processes
@@ -73,7 +73,7 @@ class Renewal:
         if keeper is None or keeper.slots_left > LOW_SLOTS:
             return
         try:
-            await self._drains.drain(keeper.name, by_renewal=True)
+            await self._drains.drain(keeper.name, wish=Wish.RENEWAL)
         except LastOpenShard:
             await self._renew_last(keeper)
             return
@@ -84,7 +84,7 @@ class Renewal:
                 await keeper.renew()
         except Exception:  # in any case it takes requests again
             logger.exception("%s could not be renewed", keeper.name)
-        await self._drains.resume(keeper.name, by_renewal=True)
+        await self._drains.resume(keeper.name, wish=Wish.RENEWAL)
 
     async def _until_idle(self, keeper: Kept) -> None:
         """Wait until nothing runs there, it has died, or the last slots are to go."""

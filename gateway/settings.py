@@ -16,12 +16,13 @@ from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, CliApp, NoDecode, SettingsConfigDict
 
 from engine import processors
 from engine.sampling import MAX_N
 from gateway.address import Address, is_loopback
+from gateway.device_names import AUTO, NO_DEVICE, checked
 from gateway.tls_files import check_tls
 from store.records import NAME
 from store.sources import AllowedSources
@@ -31,9 +32,7 @@ class SettingsError(Exception):
     """The settings contradict themselves or each other. One line per finding."""
 
 
-AUTO, NO_DEVICE = "auto", "none"
 VISIBLE_GPUS = "CUDA_VISIBLE_DEVICES"
-"""Of --training-devices, in place of devices."""
 
 PRICE = re.compile(r"([0-9]+(?:\.[0-9]+)?) ([A-Z]{3})")
 """An amount and the three letters of a currency."""
@@ -110,7 +109,7 @@ class Settings(BaseSettings):
         30.0, ge=15, description="A worker that does not answer for so long is killed."
     )
 
-    training_devices: Annotated[list[str], NoDecode] = Field(
+    training_devices: Annotated[list[str], NoDecode, AfterValidator(checked)] = Field(
         default_factory=lambda: [AUTO],
         description="cpu, or numbers of GPUs, that train; repeatable. none turns training off; "
         "auto takes the cpu where the engine runs on it.",
@@ -120,6 +119,17 @@ class Settings(BaseSettings):
     )
     training_stall_timeout_s: float = Field(
         300, gt=0, description="A training process that does not get on for so long is replaced."
+    )
+    lend_shards: Literal["never", "spare", "always"] = Field(
+        "never",
+        description="Whether a shard lends its device to a job: only while another one serves "
+        "(spare), or even if calls are refused meanwhile (always).",
+    )
+    lend_limit_s: float | None = Field(
+        None, ge=1, description="Longest that a shard is lent at once; then the job saves."
+    )
+    lend_rest_s: float = Field(
+        60.0, ge=0, description="Seconds that a shard serves before it is lent again."
     )
     training_price: str | None = Field(
         None, description="Price of a device hour for estimates, for example '2.50 EUR'."
@@ -174,20 +184,6 @@ class Settings(BaseSettings):
         """A list from flags, comma-separated from the environment."""
         entries = value if isinstance(value, list) else [value]
         return [part for entry in entries for part in str(entry).split(",") if part] or [AUTO]
-
-    @field_validator("training_devices")
-    @classmethod
-    def _check_devices(cls, value: list[str]) -> list[str]:
-        if len(value) == 1 and value[0] in (AUTO, NO_DEVICE):
-            return value
-        for device in value:
-            if device in (AUTO, NO_DEVICE):
-                raise ValueError(f"{device} stands alone; leave it out, or the others")
-            if device != "cpu" and not (device.isascii() and device.isdecimal()):
-                raise ValueError(f"{device!r} is neither cpu nor the number of a GPU")
-        if len(set(value)) != len(value):
-            raise ValueError("names a device twice; give each once")
-        return value
 
     @field_validator("training_price")
     @classmethod
@@ -291,10 +287,17 @@ class Settings(BaseSettings):
 
     @property
     def devices_that_train(self) -> list[str]:
-        """As told; by itself the CPU if the engine runs on it: a GPU is the engine's alone."""
+        """As told; by itself the CPU if the engine runs on it: a GPU is the engine's alone. Those
+        of the last shard, if it is to lend them."""
         if self.training_devices == [AUTO]:
-            return ["cpu"] if _engine_runs_on_cpu() else []
+            lent = self.gpus(self.shards - 1) if self.lends else []
+            return ["cpu"] if _engine_runs_on_cpu() else lent
         return [device for device in self.training_devices if device != NO_DEVICE]
+
+    @property
+    def lends(self) -> bool:
+        """Whether shards lend devices."""
+        return self.lend_shards != "never"
 
     @property
     def python_that_trains(self) -> str:

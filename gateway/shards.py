@@ -24,7 +24,7 @@ from engine.shard import VllmShard
 from engine.slot_holds import SlotHolds
 from engine.slots import AdapterSlots
 from gateway import metrics
-from gateway.channel import WaitsForSlot, WentIdle
+from gateway.messages import WaitsForSlot, WentIdle
 from gateway.processes import Processes
 
 logger = logging.getLogger(__name__)

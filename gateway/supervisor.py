@@ -9,7 +9,8 @@ from engine.core import ClientSlot, EngineConfig
 from engine.errors import SlotsUsedUp
 from engine.model_info import ModelInfo
 from engine.shard import VllmShard
-from gateway.keeper import Followers, ShardKeeper
+from gateway.followers import Followers
+from gateway.keeper import ShardKeeper
 from gateway.keeper_state import KeeperState
 
 STARTS_AT_ONCE = 8

@@ -126,10 +126,11 @@ def _state(shard: Shard) -> str:
     if not shard.HasField("drain"):
         return state
     why = " to be renewed" if shard.drain.by_renewal else ""
+    why += " to be lent" if shard.drain.by_lending else ""
     if shard.drain.phase == DrainPhase.DRAIN_PHASE_MOVING:
         done = f"{shard.drain.versions_moved} of {shard.drain.versions_to_move}"
         return f"{state}, draining{why}: {done} moved"
-    return f"{state}, drained{why}"
+    return state if shard.state == ShardState.SHARD_STATE_LENT else f"{state}, drained{why}"
 
 
 def _route_state(shard: RouteShard) -> str:

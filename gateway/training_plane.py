@@ -34,9 +34,11 @@ from trainer.datasets import Datasets
 from trainer.devices import Device
 from trainer.estimate import Price
 from trainer.jobs import JOBS_FOLDER, Jobs
+from trainer.lender import Lender
 from trainer.preparation import Preparations
 from trainer.prepared_folders import PreparedFolders
 from trainer.pulse import Pulse, take_pulse
+from trainer.reclaim import reclaim
 from trainer.served import ServedModel
 
 
@@ -64,8 +66,9 @@ class TrainingPlane:
         self._jobs: Jobs | None = None
 
     async def open(self) -> None:
-        """Sweep what a crash left over."""
+        """Sweep what a crash left over, and take back what was lent: engines start next."""
         await self._datasets.open()
+        await reclaim(self.store, self._state_dir / JOBS_FOLDER)
 
     def serve(
         self,
@@ -76,9 +79,10 @@ class TrainingPlane:
         registry: Registry,
         admission: Admission,
         watches: Slots,
+        lender: Lender,
     ) -> Training:
         """The servicer, which renders where `find_shard` says and publishes into `catalog`.
-        `shapes` are the base model's linear layers."""
+        `shapes` are the base model's linear layers, and `lender` is of devices that serve, too."""
         settings, environment = self._settings, self._environment
         python = settings.python_that_trains
         self._preparations = preparations = Preparations(
@@ -102,6 +106,7 @@ class TrainingPlane:
             price=_price(settings.training_price),
             stall_timeout_s=settings.training_stall_timeout_s,
             observe_wait=metrics.observe_training_wait,
+            lender=lender,
         )
         return Training(
             self.store,

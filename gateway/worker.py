@@ -24,12 +24,15 @@ from gateway.admission import Admission, Draining
 from gateway.arms import Outcome, Reporter
 from gateway.attachments import Attachments
 from gateway.call import Call
-from gateway.channel import (
+from gateway.channel import Channel
+from gateway.explanation import explain
+from gateway.inference import Inference
+from gateway.log_lines import configure_logging
+from gateway.messages import (
     Acquitted,
     Answer,
     AreYouThere,
     Ask,
-    Channel,
     Drain,
     Ended,
     Explain,
@@ -59,9 +62,6 @@ from gateway.channel import (
     Used,
     WorkerMessage,
 )
-from gateway.explanation import explain
-from gateway.inference import Inference
-from gateway.log_lines import configure_logging
 from gateway.model_card import model_card
 from gateway.relay import Relay
 from gateway.server import ENDLESS_METHODS, HOST_PATHS, GatewayServer
@@ -118,7 +118,7 @@ class Worker:
         self._view = orders.view
         self._pool = ShardPool((), {}, self._view, orders.shards)
         self._pool.follow(orders.plan)
-        self._pool.drain(orders.drained)
+        self._pool.drain(orders.drained, orders.lent)
         self._screening = Screening(lambda fingerprint: channel.send(Acquitted(fingerprint)))
         self._screening.follow(orders.quarantined)
         stall_timeout_s = settings.engine_stall_timeout_s
@@ -168,7 +168,7 @@ class Worker:
         self._server.bind(self._orders.listen, self._orders.settings)
         await self._server.start()
         await self._attachments.warm_up()
-        await self._server.health.serving(self._pool.is_open)
+        await self._server.health.serving(self._pool.stays_open)
 
     async def run(self) -> None:
         """Follow the host until it says Drain or is gone; then end everything.
@@ -239,8 +239,8 @@ class Worker:
             case FollowPlan(plan):
                 self._pool.follow(plan)
                 self._channel.send(Answer(ticket))
-            case FollowDrains(shards):
-                self._pool.drain(shards)
+            case FollowDrains(shards, lent):
+                self._pool.drain(shards, lent)
                 self._health_changed.set()
                 self._channel.send(Answer(ticket))
             case TellPlaced():
@@ -292,7 +292,7 @@ class Worker:
         while True:
             await self._health_changed.wait()
             self._health_changed.clear()
-            await self._server.health.serving(self._pool.is_open)
+            await self._server.health.serving(self._pool.stays_open)
 
     async def _drain(self, delay_s: float, grace_s: float) -> None:
         """Health first, then no new calls, then time for running ones."""

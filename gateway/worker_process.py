@@ -7,7 +7,8 @@ import multiprocessing
 
 from engine.core import ClientSlot
 from engine.signals import group_signals_blocked
-from gateway.channel import Channel, HostMessage, WorkerMessage
+from gateway.channel import Channel
+from gateway.messages import HostMessage, WorkerMessage
 from gateway.worker import worker_main
 
 WorkerChannel = Channel[HostMessage, WorkerMessage]

@@ -18,7 +18,7 @@ from typing import Any
 from engine.core import Started, ignore
 from engine.errors import SlotsUsedUp
 from gateway import metrics
-from gateway.channel import (
+from gateway.messages import (
     Acquitted,
     Answer,
     AreYouThere,

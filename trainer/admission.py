@@ -26,6 +26,8 @@ from trainer.publisher import Finding
 from trainer.recovery import too_large
 from trainer.spec import DatasetFormat, JobSpec, Precision
 
+LENT_SHARE = 0.9
+"""Of a GPU's memory that an engine leaves which lends it; it keeps graphs and libraries."""
 MEASURED_RUNS = 20
 """Newest jobs that are looked at for how fast such jobs run here."""
 
@@ -127,7 +129,7 @@ class Admission:
             resolved,
             rows.prepared.report,
             self._size,
-            await self._facts(device),
+            await self._facts_of_a_run(device),
             on_gpu=device.on_gpu,
             served_width_bytes=4 if served.dtype == "float32" else WIDTH_BYTES[Precision.BFLOAT16],
             max_model_len=served.max_model_len,
@@ -136,7 +138,21 @@ class Admission:
             pace=pace_of([_run(job) for job in alike if job.attempt == 1]),
             price=self._price,
         )
-        return replace(found, warnings=(*found.warnings, *too_large(alike, resolved)))
+        warnings = [*found.warnings, *too_large(alike, resolved)]
+        if self._means.lender.lends(device):
+            warnings.append(
+                f"an engine lends device {device.name} for as long as the job trains: its callers "
+                "are refused meanwhile, or served by another one"
+            )
+        return replace(found, warnings=tuple(warnings))
+
+    async def _facts_of_a_run(self, device: Device) -> DeviceFacts:
+        """What the device will have when a job has it: an engine that lends it is there now."""
+        facts = await self._facts(device)
+        if not (device.on_gpu and self._means.lender.lends(device)):
+            return facts
+        left_bytes = int(LENT_SHARE * facts.memory_bytes)
+        return replace(facts, memory_available_bytes=max(left_bytes, facts.memory_available_bytes))
 
     async def _alike(self, tenant: str, spec: JobSpec) -> list[JobRecord]:
         """Jobs that ran and are like it: of this model, backend and precision. Newest first."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable
 
 from store.job_records import (
     HAS_PROCESS,
@@ -25,11 +26,12 @@ from trainer.devices import Device
 from trainer.ending import Ending, Finished, Lost, Stopped, lost
 from trainer.environment import training_environment
 from trainer.errors import TrainingError, TrainingUnavailable
-from trainer.events import JobFailure
+from trainer.events import JobFailure, Notice
 from trainer.failure import is_storage_full
 from trainer.ingest import as_json
 from trainer.job_folder import JobFolder
 from trainer.means import Means
+from trainer.reclaim import mark_borrowed
 from trainer.recovery import MAX_BACKOFF_S, GiveUp, after_loss, recovery_of, resumed
 from trainer.refusal import refused
 from trainer.resume import newest_checkpoint
@@ -42,8 +44,10 @@ logger = logging.getLogger(__name__)
 class JobProcess:
     """Owned by the run of the job, which calls `let_go`; a process goes on then."""
 
-    def __init__(self, uid: str, means: Means) -> None:
+    def __init__(self, uid: str, means: Means, recall: Callable[[], None]) -> None:
+        """`recall` is called when a device that was borrowed is wanted back."""
         self._uid = uid
+        self._recall = recall
         self._means = means
         self._folder = JobFolder(means.folder / uid)
         self._attempt: Attempt | None = None
@@ -76,6 +80,7 @@ class JobProcess:
             self._means.require_trainable(job)
             if self._device is None:
                 self._device = await self._means.queue.take(Claim.of(job))
+            await self._borrow(job, self._device)
         except TrainingError as error:
             await self.fail(job, refused(error, job.attempt))
             return
@@ -91,18 +96,31 @@ class JobProcess:
         )
         await self._change(job, change)
 
+    async def _borrow(self, job: JobRecord, device: Device) -> None:
+        """Have nothing serve on the device, if something does that makes room."""
+
+        async def tell(notice: Notice) -> None:
+            notices = self._means.lender.outage(self._uid), notice
+            events = [NewEvent(EventKind.NOTICE, as_json(each)) for each in notices if each]
+            await self._means.journal.move(job, JobChange(events=events))
+
+        await self._means.lender.borrow(device, self._uid, tell, self._recall)
+
     async def _start(self, job: JobRecord, attempt: Attempt) -> JobRecord:
         """Start the process of the attempt that the store knows of."""
         means = self._means
         means.require_trainable(job)
         if self._device is None:  # it was to be started, and the gateway ended
             self._device = await means.queue.take(Claim.of(job))
+        await self._borrow(job, self._device)
         if job.device != self._device.name:
             job = await self._change(job, JobChange(device=self._device.name))
         plan = await means.plan(job, self._device)
         run = self._folder.run(job.attempt)
         environment = training_environment(means.environment, run, self._device.name)
         try:
+            if means.lender.lends(self._device):
+                await asyncio.to_thread(mark_borrowed, run)
             await attempt.start(plan, means.command(run), environment)
         except OSError as error:
             if is_storage_full(error):
@@ -169,7 +187,8 @@ class JobProcess:
         """Decide what becomes of a job whose attempt has ended; in what way it `hung`, if it was
         ended for that."""
         how = await self._ending(job, hung)
-        await self.end()
+        publish = JobSpec.model_validate(job.effective_spec).publish
+        await self.end(publishes=isinstance(how, Finished) and publish is not None)
         if not isinstance(how, Finished):
             await self._lose(job, how.failure)
             return
@@ -213,6 +232,7 @@ class JobProcess:
         """Queue a job that lost its attempt, once the time for that has come."""
         left_s = (recovery_of(job).retry_time_ns - self._means.clock_ns()) / 1e9
         await asyncio.sleep(min(max(0.0, left_s), MAX_BACKOFF_S))  # clocks are set back
+        job = await self.tell_outage(job, wait=False)
         await self._change(job, JobChange(state=JobState.QUEUED))
 
     async def fail(self, job: JobRecord, failure: JobFailure) -> None:
@@ -232,20 +252,32 @@ class JobProcess:
         """Whether a process of it runs, and has more to say. Raises OSError as `find` does."""
         return self._attempt is not None and await self._attempt.goes_on()
 
-    async def end(self) -> None:
-        """Leave no process, and the device to the next job."""
+    async def end(self, *, publishes: bool = False) -> None:
+        """Leave no process, and the device to the next job, or to the engine first if it
+        `publishes`."""
         if self._attempt is not None:
             await self._attempt.end()
-        self.let_go()
+        self.let_go(publishes=publishes)
 
-    def let_go(self) -> None:
+    def let_go(self, *, publishes: bool = False) -> None:
         """Look at no process any more, and hold no device."""
         if self._attempt is not None:
             self._attempt.close()
             self._attempt = None
         if self._device is not None:
+            self._means.lender.give_back(self._device, self._uid, publishes=publishes)
             self._means.queue.give_back(self._device, self._uid)
             self._device = None
+
+    async def tell_outage(self, job: JobRecord, *, wait: bool = True) -> JobRecord:
+        """Tell what the job's last loan of a device cost, once it is over, or if it is."""
+        if wait:
+            await self._means.lender.returned(self._uid)
+        notice = self._means.lender.outage(self._uid)
+        if notice is None:
+            return job
+        events = [NewEvent(EventKind.NOTICE, as_json(notice))]
+        return await self._change(job, JobChange(events=events))
 
     def _attempt_of(self, job: JobRecord) -> Attempt:
         if self._attempt is None:

@@ -15,20 +15,37 @@ import asyncio
 import contextlib
 import logging
 
-from store.job_records import Intent, JobChange, JobChanged, JobRecord, JobState, JobUnknown
+from store.job_records import (
+    EventKind,
+    Intent,
+    JobChange,
+    JobChanged,
+    JobRecord,
+    JobState,
+    JobUnknown,
+    NewEvent,
+)
 from store.upload_folder import DatabaseFull
 from trainer.attempt import RunUnattached
 from trainer.errors import TrainingError
+from trainer.events import Notice
 from trainer.failure import is_storage_full, storage_full
+from trainer.ingest import as_json
 from trainer.job_folder import JobFolder
 from trainer.job_process import JobProcess
 from trainer.job_publishing import JobPublishing
 from trainer.means import Means
 from trainer.refusal import refused, unforeseen
+from trainer.spec import JobSpec
 from trainer.wishes import PAUSE
 
 logger = logging.getLogger(__name__)
 
+DEVICE_RECALLED = Notice(
+    code="DEVICE_RECALLED",
+    message="the engine needs the device that it had lent: the run saves, and goes on when it may "
+    "borrow the device again",
+)
 TRIES = 10
 """How often a step is tried that fails for a reason that nobody foresaw."""
 RETRY_S, MAX_RETRY_S = 1.0, 30.0
@@ -42,9 +59,11 @@ class JobRun:
         self._job = job
         self._means = means
         self._folder = JobFolder(means.folder / job.uid)
-        self._process = JobProcess(job.uid, means)
+        self._process = JobProcess(job.uid, means, self._recall)
         self._publishing = JobPublishing(job.uid, means)
         self._wished = asyncio.Event()
+        self._recalled = False
+        """Whether the lender of its device wants it back."""
 
     async def find(self) -> None:
         """Find the process that a gateway before this one left, and hold its device.
@@ -57,6 +76,10 @@ class JobRun:
     def wake(self) -> None:
         """Say that something else is wanted of the job by now."""
         self._wished.set()
+
+    def _recall(self) -> None:
+        self._recalled = True
+        self.wake()
 
     async def run(self) -> None:
         """Bring the job to its end."""
@@ -150,6 +173,15 @@ class JobRun:
         if job.intent is Intent.RUN and job.state is JobState.PAUSED:
             await self._change(JobChange(state=JobState.QUEUED))
             return
+        if self._recalled:
+            self._recalled = False
+            if job.state in (JobState.PREPARING, JobState.RUNNING):
+                # Nobody wants it to rest: it is queued again as soon as it is PAUSED.
+                events = [NewEvent(EventKind.NOTICE, as_json(DEVICE_RECALLED))]
+                await self._change(JobChange(state=JobState.PAUSING, events=events))
+                return
+            if job.state is JobState.QUEUED:  # it has the device, and nothing runs there yet
+                self._process.let_go()
         step = asyncio.create_task(self._step(job))
         wished = asyncio.create_task(self._wished.wait())
         try:
@@ -174,12 +206,20 @@ class JobRun:
                 await self._process.pause(job)
             case JobState.PAUSED:
                 self._process.let_go()  # a device that it was given as it was paused
+                self._job = await self._process.tell_outage(job)
                 await asyncio.Event().wait()
             case JobState.RECOVERING:
                 await self._process.wait_and_queue(job)
             case _:
-                self._job = await self._publishing.publish(job)
+                self._job = await self._process.tell_outage(job)
+                await self._publish()
                 await self._change(JobChange(state=JobState.SUCCEEDED))
+
+    async def _publish(self) -> None:
+        if JobSpec.model_validate(self._job.effective_spec).publish is None:
+            return
+        async with self._means.lender.serving():
+            self._job = await self._publishing.publish(self._job)
 
     async def _validate(self, job: JobRecord) -> None:
         try:

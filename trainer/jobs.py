@@ -36,6 +36,7 @@ from trainer.job_folder import JobFolder, deletions
 from trainer.job_log import LogPiece, Logs
 from trainer.job_run import JobRun
 from trainer.journal import Heartbeat, Journal
+from trainer.lender import Lender, LendsNothing
 from trainer.library import Library
 from trainer.means import Means, Preparer
 from trainer.origins import Origins
@@ -78,11 +79,13 @@ class Jobs:
         worker: Sequence[str] = ("-m", WORKER_MODULE),
         observe_wait: Callable[[int, float], None] = unobserved,
         clock_ns: Callable[[], int] = time.time_ns,
+        lender: Lender | None = None,
     ) -> None:
         """`root` is the state folder. `library` has what jobs may train further. `python` is the
         interpreter that trains, and `worker` what it runs with a run's folder; `max_active` is
         how many jobs may have not ended; one whose process does not get on for `stall_timeout_s`
-        goes on in another. See `DeviceQueue` for `observe_wait` and `clock_ns`."""
+        goes on in another. `lender` is of devices on which something serves. See `DeviceQueue`
+        for `observe_wait` and `clock_ns`."""
         self._store = store
         self._folder = root / JOBS_FOLDER
         self._journal = Journal(store, self._folder)
@@ -104,6 +107,7 @@ class Jobs:
             folder=self._folder,
             command=command,
             environment=with_our_sources(environment),
+            lender=lender or LendsNothing(),
             stall_timeout_s=stall_timeout_s,
             clock_ns=clock_ns,
         )

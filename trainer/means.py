@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -18,6 +18,7 @@ from trainer.devices import Device, device_facts, usable_bytes
 from trainer.errors import InitFromUnusable, TrainingUnavailable, UnservableAdapter
 from trainer.job_folder import JobFolder
 from trainer.journal import Journal
+from trainer.lender import Lender, LendsNothing
 from trainer.preparation import Prepared
 from trainer.publisher import Publisher
 from trainer.recovery import recovery_of
@@ -66,6 +67,8 @@ class Means:
     """Starts a training process."""
     environment: Mapping[str, str]
     """Of training processes, without what is each run's own."""
+    lender: Lender = field(default_factory=LendsNothing)
+    """Of devices on which something serves."""
     stall_timeout_s: float = DEFAULT_TIMEOUT_S
     """How long a training process may not get on; see `trainer/watchdog.py`."""
     clock_ns: Callable[[], int] = time.time_ns

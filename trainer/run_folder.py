@@ -10,6 +10,7 @@
     stop.json        host     asks it to save and end; see `StopRequest`
     rows/            process  its split of the rows, while it trains
     checkpoints/     process  checkpoint-<step>/, each whole once its manifest.json is there
+    borrowed         host     there if an engine has left the device to it; see `trainer/reclaim.py`
     exit.json        process  how it ended; see `RunExit`
     manifest.json    process  where the adapter comes from; written last
 
@@ -135,6 +136,10 @@ class RunFolder:
     @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
+
+    @property
+    def borrowed(self) -> Path:
+        return self.path / "borrowed"
 
     @property
     def exit(self) -> Path:

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import vllm
+from vllm.device_allocator.sleep_mode_backend import CuMemBackend
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.lora.layers.logits_processor import LogitsProcessorWithLoRA
 from vllm.lora.peft_helper import PEFTHelper
@@ -46,6 +47,9 @@ from vllm.v1.executor.multiproc_executor import MultiprocExecutor, WorkerProcHan
 from vllm.v1.metrics.loggers import PrometheusStatLogger
 from vllm.v1.metrics.stats import RequestStateStats
 from vllm.v1.request import Request
+from vllm.v1.worker.gpu.model_runner import GPUModelRunner as GPUModelRunnerV2
+from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+from vllm.v1.worker.gpu_worker import Worker
 
 from engine import core_plugin
 from engine.sampling import MAX_BAD_WORDS_BYTES, MAX_ENTRIES
@@ -116,7 +120,7 @@ def test_what_we_call_takes_what_we_pass(
                 *("model", "served_model_name", "dtype", "quantization", "max_model_len"),
                 *("max_num_seqs", "gpu_memory_utilization", "enable_lora", "max_loras"),
                 *("max_cpu_loras", "max_lora_rank", "otlp_traces_endpoint", "use_tqdm_on_load"),
-                *("custom_histogram_buckets", "tensor_parallel_size"),
+                *("custom_histogram_buckets", "tensor_parallel_size", "enable_sleep_mode"),
             ],
         ),
     ],
@@ -167,8 +171,18 @@ def test_sources_hold_what_no_signature_shows() -> None:
         (ParentRequest.get_child_info, 'f"{index}_{self.request_id}"'),
         # A client that is attached learns of its core's death from this flag alone.
         (AsyncMPClient.ensure_alive, "self.resources.engine_dead"),
+        # Asleep at level 1 the weights are kept, the slots of adapters among them.
+        (CuMemBackend.suspend, 'offload_tags = ("weights", *offload_tags)'),
+        (Worker.load_model, 'self._maybe_get_memory_pool_context(tag="weights")'),
+        (GPUModelRunner.load_model, "self.load_lora_model("),
+        (GPUModelRunnerV2.load_model, "self.load_lora_model("),
+        # The index of the KV cache is dropped with it, and who waits for a sleep gets its end.
+        (EngineCore.sleep, "clear_prefix_cache = level >= 1"),
+        (EngineCoreProc._invoke_utility_method, "isinstance(result, Future)"),
     ):
         assert text in inspect.getsource(owner), f"{owner.__qualname__} lost {text!r}"
+    assert list(inspect.signature(EngineCore.sleep).parameters) == ["self", "level", "mode"]
+    assert list(inspect.signature(EngineCore.wake_up).parameters) == ["self", "tags"]
     assert {"RUNNING", "REQUESTED"} <= set(EngineShutdownState.__members__)
 
 
@@ -178,7 +192,7 @@ def test_vllm_finds_the_plugin_and_it_adds_its_utilities() -> None:
     core_plugin.register()
     for utility in (
         *("gateway_adopt", "gateway_abort_client", "gateway_requests_of", "gateway_load"),
-        *("gateway_record", "gateway_stop"),
+        *("gateway_record", "gateway_sleep", "gateway_wake", "gateway_stop"),
     ):
         assert callable(getattr(EngineCoreProc, utility))
 

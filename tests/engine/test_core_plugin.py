@@ -50,6 +50,24 @@ def test_prefill_goes_through_the_mended_kernel() -> None:
     assert torch.equal(output[2:], torch.full((3, HIDDEN), float(RANK)))
 
 
+def test_a_core_sleeps_with_its_weights_and_wakes_without_adapters() -> None:
+    calls: list[object] = []
+
+    def sleep(level: int, mode: str) -> str:
+        calls.append((level, mode))
+        return "when it sleeps"
+
+    core = SimpleNamespace(
+        sleep=sleep,
+        wake_up=calls.append,
+        list_loras=lambda: {3, 7},
+        remove_lora=calls.append,
+    )
+    assert core_plugin.gateway_sleep(core) == "when it sleeps", "the answer waits for it"
+    core_plugin.gateway_wake(core)
+    assert calls[:2] == [(1, "abort"), None] and {*calls[2:]} == {3, 7}
+
+
 def test_blocks_are_always_zeroed_before_use() -> None:
     from vllm.v1.kv_cache_interface import KVCacheConfig
     from vllm.v1.worker.cpu_model_runner import CPUModelRunner

@@ -27,6 +27,7 @@ from engine.errors import (
     VersionNotFound,
     Violation,
 )
+from engine.ring import ShardLent
 from gateway.admission import Draining, Overloaded
 from gateway.exceptions import (
     ControlPlaneUnavailable,
@@ -175,6 +176,7 @@ SAMPLES: dict[str, list[Exception]] = {
     "OVERLOADED": [Overloaded(7)],
     "DRAINING": [Draining()],
     "SHARD_UNAVAILABLE": [ShardUnavailable("shard-0")],
+    "SHARD_LENT": [ShardLent("shard-0")],
     "DEADLINE_EXCEEDED": [DefaultDeadlineExceeded(30.0)],
     "CONTROL_PLANE_UNAVAILABLE": [ControlPlaneUnavailable()],
     "STORAGE_FULL": [StorageFull("the disk is full; go on later")],

@@ -18,11 +18,11 @@ from engine.model_info import ModelInfo
 from engine.pool import ServedView
 from engine.quarantine import Quarantined
 from engine.ring import NO_REPLICAS
-from gateway.channel import (
+from gateway.channel import Channel
+from gateway.messages import (
     Answer,
     AreYouThere,
     Ask,
-    Channel,
     Drain,
     HostMessage,
     Imported,

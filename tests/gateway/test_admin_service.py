@@ -17,7 +17,10 @@ from engine.fake import FakeShard
 from engine.generation import Load, VersionKey
 from engine.pool import ShardPool
 from engine.residents import Residents, Use
-from gateway.channel import (
+from gateway.explanation import explain
+from gateway.keeper import Death
+from gateway.keeper_state import KeeperState
+from gateway.messages import (
     Explain,
     FollowDrains,
     FollowPlan,
@@ -26,9 +29,6 @@ from gateway.channel import (
     TellPlaced,
     TellUses,
 )
-from gateway.explanation import explain
-from gateway.keeper import Death
-from gateway.keeper_state import KeeperState
 from lora_gateway.v1 import adapters_pb2
 from lora_gateway.v1 import admin_pb2 as pb
 from tests.engine.open_slots import open_slots

@@ -17,7 +17,7 @@ from engine.screening import Screening
 from engine.shard import VllmShard
 from gateway import attachments as module
 from gateway.attachments import Attachments
-from gateway.channel import WaitsForSlot, Want, WentIdle
+from gateway.messages import WaitsForSlot, Want, WentIdle
 
 STALL_TIMEOUT_S = 1.0
 TIMEOUT_S = 30.0

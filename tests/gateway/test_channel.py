@@ -21,11 +21,11 @@ from engine.generation import VersionKey
 from engine.quarantine import Quarantined
 from engine.residents import Use
 from engine.ring import AdapterKey, Plan
-from gateway.channel import (
+from gateway.channel import Channel
+from gateway.messages import (
     Acquitted,
     Answer,
     Ask,
-    Channel,
     Ended,
     Flush,
     FollowPlan,

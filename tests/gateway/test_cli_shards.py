@@ -50,6 +50,19 @@ async def test_list_shows_a_shard_a_row(target: str, admin: FakeAdmin) -> None:
     assert dead.count("?") == 3, "its engine tells nothing"
 
 
+async def test_list_shows_a_shard_that_is_lent_or_about_to_be(
+    target: str, admin: FakeAdmin
+) -> None:
+    for name, state in (("shard-0", pb.SHARD_STATE_UP), ("shard-1", pb.SHARD_STATE_LENT)):
+        admin.shards[name].state = state
+        admin.shards[name].drain.by_lending = True
+        admin.shards[name].drain.phase = pb.DRAIN_PHASE_DRAINED
+        admin.shards[name].ClearField("next_start_time")
+    _, first, second = await answered("list", target=target)
+    assert "UP, drained to be lent" in first
+    assert second.split()[:2] == ["shard-1", "LENT"] and "drained" not in second
+
+
 async def test_drain_shows_what_was_moved_and_the_shard(target: str, admin: FakeAdmin) -> None:
     lines = await answered("drain", "shard-0", "--wait", target=target)
     assert admin.asked == [pb.DrainShardRequest(shard="shard-0", wait=True)]

@@ -13,7 +13,7 @@ from prometheus_client import REGISTRY
 from engine.errors import AdapterInvalid, ShardUnavailable
 from engine.generation import VersionKey
 from gateway import upload_sweep
-from gateway.channel import Want
+from gateway.messages import Want
 from gateway.upload_sweep import UploadSweep
 from lora_gateway.v1 import adapters_pb2 as pb
 from store.artifacts import Artifact, StagedArtifact

@@ -13,7 +13,8 @@ import pytest_asyncio
 from engine.errors import ShardUnavailable
 from engine.generation import Load
 from engine.ring import AdapterKey, ShardState
-from gateway.channel import Used
+from gateway.drains import Wish
+from gateway.messages import Used
 from lora_gateway.v1 import adapters_pb2
 from tests.gateway.control_plane import KILLED, TENANT, TIMEOUT_S, Plane, control_plane, named
 from tests.gateway.three_shards import (
@@ -146,18 +147,18 @@ async def test_the_gateway_and_an_operator_want_a_shard_drained_each_for_itself(
     plane: Plane,
 ) -> None:
     drains = drains_of(plane)
-    await drains.drain("shard-1", by_renewal=True)
+    await drains.drain("shard-1", wish=Wish.RENEWAL)
     told = await resume(plane, "shard-1")
     assert told.drain.by_renewal, "it is not the operator's"
     await drain(plane, "shard-1")
-    await drains.resume("shard-1", by_renewal=True)
+    await drains.resume("shard-1", wish=Wish.RENEWAL)
     assert plane.control.drained == {"shard-1"}
-    await drains.resume("shard-1", by_renewal=True)
+    await drains.resume("shard-1", wish=Wish.RENEWAL)
     assert plane.control.drained == {"shard-1"}
-    await drains.drain("shard-1", by_renewal=True)
+    await drains.drain("shard-1", wish=Wish.RENEWAL)
     await resume(plane, "shard-1")
     assert plane.control.drained == {"shard-1"}
-    await drains.resume("shard-1", by_renewal=True)
+    await drains.resume("shard-1", wish=Wish.RENEWAL)
     assert not plane.control.drained
 
 

@@ -14,7 +14,7 @@ import pytest_asyncio
 from engine.generation import Load
 from engine.ring import AdapterKey, Ring, ShardState
 from gateway import metrics
-from gateway.channel import Want
+from gateway.messages import Want
 from lora_gateway.v1 import adapters_pb2, admin_pb2
 from tests.gateway.control_plane import KILLED, TENANT, TIMEOUT_S, Plane, control_plane, named
 from tests.gateway.promises import refused

@@ -8,7 +8,7 @@ import pytest
 
 from engine.core import ClientSlot
 from engine.errors import SlotsUsedUp
-from gateway.channel import Orders
+from gateway.messages import Orders
 from gateway.processes import Processes
 from tests.gateway.scripted_worker import ScriptedWorker, orders, serving_fleet
 

@@ -12,7 +12,7 @@ from prometheus_client import REGISTRY
 from engine.residents import Residents
 from gateway import silence
 from gateway import workers as workers_module
-from gateway.channel import Leave, Question, RecallSlot, TellUses
+from gateway.messages import Leave, Question, RecallSlot, TellUses
 from gateway.processes import Processes
 from gateway.worker_process import WorkerState
 from tests.engine.open_slots import open_slots

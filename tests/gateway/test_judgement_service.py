@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from gateway.channel import Ended, Flush, Question, Unasked
 from gateway.control import ControlPlane
+from gateway.messages import Ended, Flush, Question, Unasked
 from lora_gateway.v1 import adapters_pb2 as pb
 from tests.gateway.control_plane import Plane, control_plane
 from tests.gateway.outcomes import failure, outcome

@@ -19,12 +19,14 @@ OPTIONS: Any = object.__new__(EngineOptions)
 """Nothing is started by them."""
 STARTING, UP, DEAD = KeeperState.STARTING, KeeperState.UP, KeeperState.DEAD
 REBUILDING, WARMING, STOPPED = KeeperState.REBUILDING, KeeperState.WARMING, KeeperState.STOPPED
+LENT = KeeperState.LENT
 ALLOWED = {
     (STARTING, UP),
     *itertools.pairwise((UP, DEAD, REBUILDING, WARMING, UP)),
     (UP, REBUILDING),
     (REBUILDING, DEAD),
     (WARMING, DEAD),
+    *((UP, LENT), (LENT, WARMING), (LENT, REBUILDING), (LENT, DEAD)),
     *((state, STOPPED) for state in KeeperState if state is not STOPPED),
 }
 

@@ -12,7 +12,7 @@ from engine.pool import ServedAdapter, ServedView
 from engine.ring import AdapterKey
 from engine.split import Split
 from gateway import adapter_labels
-from gateway.channel import Ask, NameAdapters, Question, ShowAdapter
+from gateway.messages import Ask, NameAdapters, Question, ShowAdapter
 from gateway.naming import Naming
 from gateway.processes import Processes
 from store.records import Arm

@@ -15,7 +15,7 @@ from engine.quarantine import Quarantined
 from engine.residents import Residents, Use
 from engine.split import Split
 from gateway import processes as processes_module
-from gateway.channel import (
+from gateway.messages import (
     Answer,
     Ask,
     Ended,

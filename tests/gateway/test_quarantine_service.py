@@ -12,7 +12,7 @@ import pytest_asyncio
 from engine.core_death import CoreDeath
 from engine.fingerprint import Tagged
 from engine.step_record import Steps
-from gateway.channel import Acquitted, FollowQuarantine, Question
+from gateway.messages import Acquitted, FollowQuarantine, Question
 from lora_gateway.v1 import admin_pb2 as pb
 from tests.gateway.control_plane import TIMEOUT_S, Plane, control_plane
 from tests.gateway.promises import refused

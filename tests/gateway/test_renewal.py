@@ -13,8 +13,8 @@ import pytest
 import pytest_asyncio
 
 from gateway import renewal as module
-from gateway.channel import Placed
 from gateway.keeper_state import KeeperState
+from gateway.messages import Placed
 from gateway.renewal import LAST_SLOTS, LOW_SLOTS, Renewal
 from tests.gateway.control_plane import KILLED, TIMEOUT_S, Plane, control_plane
 from tests.gateway.three_shards import drain, key_of, living_on, order, shards

@@ -13,7 +13,7 @@ import pytest_asyncio
 
 from engine.generation import Load, VersionKey
 from engine.ring import AdapterKey, Ring, ShardState
-from gateway.channel import Used, Want
+from gateway.messages import Used, Want
 from lora_gateway.v1 import adapters_pb2 as pb
 from tests.details import error_info
 from tests.gateway.control_plane import KILLED, TENANT, TIMEOUT_S, Plane, control_plane, named
@@ -197,7 +197,7 @@ async def test_a_validation_that_a_dead_shard_broke_off_goes_on_when_it_is_back(
         await shard.loading.wait()
     plane.control.lose("shard-1", KILLED)
     shard.may_load.set()
-    catalog = plane.control._catalog
+    catalog = plane.control._adapters.catalog
     assert catalog is not None
     async with asyncio.timeout(TIMEOUT_S):
         while catalog.running:

@@ -8,6 +8,7 @@ import pytest
 
 from engine import processors
 from gateway import settings as settings_module
+from gateway.lending_terms import Terms, lender_of
 from gateway.settings import Settings, SettingsError
 
 BINDING, GPUS = "VLLM_CPU_OMP_THREADS_BIND", "CUDA_VISIBLE_DEVICES"
@@ -66,6 +67,26 @@ def test_each_shard_on_a_cpu_has_processors_of_its_own(monkeypatch: pytest.Monke
         assert os.environ.get(BINDING) == before
     with Settings().environment_of(0):
         assert os.environ[BINDING] == "5", "one shard has what the operator says"
+
+
+def test_a_device_that_trains_is_lent_by_the_shard_that_serves_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    has_gpus(monkeypatch)
+    settings = Settings(shards=2, devices_per_shard=2, lend_shards="spare")
+    assert settings.devices_that_train == ["2", "3"], "by itself those of the last shard"
+    lenders = [lender_of(settings, device) for device in ("0", "1", "2", "3", "4", "cpu")]
+    assert lenders == ["shard-0", "shard-0", "shard-1", "shard-1", "", ""]
+    kept = Settings(shards=2, devices_per_shard=2, training_devices=["0"])
+    assert kept.devices_that_train == ["0"] and lender_of(kept, "0") == ""
+
+
+def test_the_cpu_is_lent_by_the_last_shard(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processors, "shares", lambda shards: [(0,)] * shards)
+    settings = Settings(shards=2, lend_shards="always", drain_grace_s=7, lend_limit_s=90)
+    assert [lender_of(settings, device) for device in ("cpu", "0")] == ["shard-1", ""]
+    assert Terms.of(settings) == Terms(True, 7.0, 0.0, 90.0, 60.0)
+    assert lender_of(Settings(), "cpu") == "", "off unless it is asked for"
 
 
 def test_what_a_cpu_cannot_do_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ from engine import evaluation
 from engine.generation import GenerationRequest, Output, ServedVersion, VersionKey
 from engine.pool import Lease
 from engine.rendering import RenderedPrompt
-from gateway.channel import WaitsForSlot, WentIdle
+from gateway.messages import WaitsForSlot, WentIdle
 from gateway.shards import Shards
 from lora_gateway.v1 import adapters_pb2 as pb
 from tests.gateway.control_plane import (

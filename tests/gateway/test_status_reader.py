@@ -19,9 +19,9 @@ from engine.ring import AdapterKey
 from engine.screening import Screening
 from gateway import shard_sight
 from gateway.adapter_sight import ADAPTERS_SHOWN, OUTCOMES_READ, WINDOW_S
-from gateway.channel import Ended, Used
 from gateway.keeper import ShardKeeper
 from gateway.keeper_state import KeeperState
+from gateway.messages import Ended, Used
 from gateway.note import Note
 from gateway.settings import Settings
 from gateway.shard_sight import RESIDENTS_SHOWN, SHARDS_ASKED, ShardSight

@@ -18,7 +18,7 @@ from engine.fingerprint import Tagged
 from engine.generation import VersionKey
 from engine.step_record import Steps
 from gateway import judgement
-from gateway.channel import Ended
+from gateway.messages import Ended
 from lora_gateway.v1 import adapters_pb2 as pb
 from tests.gateway.control_plane import TENANT, TIMEOUT_S, Plane, control_plane, named
 from tests.gateway.outcomes import failure, outcome

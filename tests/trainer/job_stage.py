@@ -22,6 +22,7 @@ from trainer.devices import CPU, Device
 from trainer.estimate import Price
 from trainer.events import Publication, PublicationState
 from trainer.jobs import Jobs
+from trainer.lender import Lender
 from trainer.library import LibraryVersion
 from trainer.preparation import Prepared
 from trainer.process import kill_all, members
@@ -173,6 +174,7 @@ class Stage:
     stall_timeout_s: float = 300.0
     served: ServedModel | None = None
     """What is served; None: the tiny model."""
+    lender: Lender | None = None
     _task: asyncio.Task[None] | None = None
 
     def __post_init__(self) -> None:
@@ -194,6 +196,7 @@ class Stage:
             max_active=self.max_active,
             stall_timeout_s=self.stall_timeout_s,
             worker=[str(WORKER)],
+            lender=self.lender,
         )
 
     async def start(self) -> None:

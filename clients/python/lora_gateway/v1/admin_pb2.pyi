@@ -43,12 +43,17 @@ class _ShardStateEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._Enu
     """
     SHARD_STATE_STOPPED: _ShardState.ValueType  # 6
     """SHARD_STATE_STOPPED: the gateway ends."""
+    SHARD_STATE_LENT: _ShardState.ValueType  # 7
+    """SHARD_STATE_LENT: a training job has its device (`--lend-shards`). Its engine
+    sleeps or has ended, and comes back when the job leaves the device.
+    """
 
 class ShardState(_ShardState, metaclass=_ShardStateEnumTypeWrapper):
     """ShardState is where a shard's engine stands, drained or not.
 
         STARTING ─► UP ─► DEAD ─► REBUILDING ─► WARMING ─► UP
-                     └──────────────┘ (renewed)
+                     ├──────────────┘ (renewed)      │
+                     └──► LENT ──────────────────────┘
     """
 
 SHARD_STATE_UNSPECIFIED: ShardState.ValueType  # 0
@@ -67,6 +72,10 @@ yet.
 """
 SHARD_STATE_STOPPED: ShardState.ValueType  # 6
 """SHARD_STATE_STOPPED: the gateway ends."""
+SHARD_STATE_LENT: ShardState.ValueType  # 7
+"""SHARD_STATE_LENT: a training job has its device (`--lend-shards`). Its engine
+sleeps or has ended, and comes back when the job leaves the device.
+"""
 Global___ShardState: typing_extensions.TypeAlias = ShardState
 
 class _DrainPhase:
@@ -276,6 +285,7 @@ class ShardDrain(google.protobuf.message.Message):
     BY_RENEWAL_FIELD_NUMBER: builtins.int
     VERSIONS_TO_MOVE_FIELD_NUMBER: builtins.int
     VERSIONS_MOVED_FIELD_NUMBER: builtins.int
+    BY_LENDING_FIELD_NUMBER: builtins.int
     phase: Global___DrainPhase.ValueType
     """phase is how far it is."""
     by_renewal: builtins.bool
@@ -288,6 +298,10 @@ class ShardDrain(google.protobuf.message.Message):
     """
     versions_moved: builtins.int
     """versions_moved are those of them that are loaded, or could not be."""
+    by_lending: builtins.bool
+    """by_lending: the gateway itself drains the shard to lend its device to
+    training, and resumes it once it has the device back.
+    """
     @property
     def begin_time(self) -> google.protobuf.timestamp_pb2.Timestamp:
         """begin_time is when it was asked for."""
@@ -300,9 +314,10 @@ class ShardDrain(google.protobuf.message.Message):
         by_renewal: builtins.bool = ...,
         versions_to_move: builtins.int = ...,
         versions_moved: builtins.int = ...,
+        by_lending: builtins.bool = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["begin_time", b"begin_time"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["begin_time", b"begin_time", "by_renewal", b"by_renewal", "phase", b"phase", "versions_moved", b"versions_moved", "versions_to_move", b"versions_to_move"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["begin_time", b"begin_time", "by_lending", b"by_lending", "by_renewal", b"by_renewal", "phase", b"phase", "versions_moved", b"versions_moved", "versions_to_move", b"versions_to_move"]) -> None: ...
 
 Global___ShardDrain: typing_extensions.TypeAlias = ShardDrain
 

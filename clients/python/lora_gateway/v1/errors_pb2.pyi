@@ -311,6 +311,12 @@ class _ErrorReasonEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._En
     gateway's own machine alone. Call it there, by a loopback address.
     Code PERMISSION_DENIED. Metadata: `service`.
     """
+    ERROR_REASON_SHARD_LENT: _ErrorReason.ValueType  # 73
+    """ERROR_REASON_SHARD_LENT: the engines that would run the request have lent
+    their devices to training, as the operator allows (`--lend-shards`). They
+    come back by themselves: minutes or hours later, as long as the job trains.
+    Code UNAVAILABLE with RetryInfo. Metadata: `shard`, `tokens_emitted`.
+    """
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """ErrorReason is the catalogue of errors that the gateway's own code answers.
@@ -619,5 +625,11 @@ ERROR_REASON_LOOPBACK_ONLY: ErrorReason.ValueType  # 72
 """ERROR_REASON_LOOPBACK_ONLY: the service is answered to callers on the
 gateway's own machine alone. Call it there, by a loopback address.
 Code PERMISSION_DENIED. Metadata: `service`.
+"""
+ERROR_REASON_SHARD_LENT: ErrorReason.ValueType  # 73
+"""ERROR_REASON_SHARD_LENT: the engines that would run the request have lent
+their devices to training, as the operator allows (`--lend-shards`). They
+come back by themselves: minutes or hours later, as long as the job trains.
+Code UNAVAILABLE with RetryInfo. Metadata: `shard`, `tokens_emitted`.
 """
 Global___ErrorReason: typing_extensions.TypeAlias = ErrorReason
