@@ -225,12 +225,13 @@ class Story:
         return subprocess.Popen([sys.executable, *given], stdout=subprocess.PIPE, text=True)
 
     async def answers(self) -> list[list[int]]:
-        """Greedy tokens of base model and adapters."""
+        """Greedy tokens of base model and adapters, each over all prompts."""
         shard = self.keeper.shard
         if shard is None:
             raise ShardUnavailable("shard-0")
         found = []
         for version in (None, *self.versions):
+            tokens: list[int] = []
             for prompt in PROMPTS:
                 request = GenerationRequest(
                     request_id=f"r{time.monotonic_ns()}",
@@ -242,10 +243,9 @@ class Story:
                 async with contextlib.aclosing(
                     shard.generate(request, rendered, version)
                 ) as outputs:
-                    tokens: list[int] = []
                     async for output in outputs:
                         tokens += (token for delta in output.deltas for token in delta.token_ids)
-                    found.append(tokens)
+            found.append(tokens)
         return found
 
 
