@@ -70,6 +70,7 @@ from store.records import (
     VersionUnknown,
 )
 from store.sources import SourceNotAllowed
+from store.upload_folder import DatabaseFull
 from store.uploads import (
     ChecksumMismatch,
     StorageFull,
@@ -179,7 +180,7 @@ SAMPLES: dict[str, list[Exception]] = {
     "SHARD_LENT": [ShardLent("shard-0")],
     "DEADLINE_EXCEEDED": [DefaultDeadlineExceeded(30.0)],
     "CONTROL_PLANE_UNAVAILABLE": [ControlPlaneUnavailable()],
-    "STORAGE_FULL": [StorageFull("the disk is full; go on later")],
+    "STORAGE_FULL": [StorageFull("the disk is full; go on later"), DatabaseFull("it is full")],
     "UPLOAD_NOT_FOUND": [UploadUnknown("night-1")],
     "UPLOAD_OFFSET_MISMATCH": [UploadOffsetMismatch("night-1", 512), UploadBusy("night-1")],
     "CHECKSUM_MISMATCH": [ChecksumMismatch("0" * 64, "f" * 64)],
