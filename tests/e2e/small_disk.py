@@ -37,6 +37,11 @@ class SmallDisk:
                     return
             file.truncate(max(0, filler.stat().st_size + excess))
 
+    def reserve(self, file: Path, size_bytes: int) -> None:
+        """Room for a file that grows to that size, which nobody else gets."""
+        command = ["fallocate", "--keep-size", "--length", str(size_bytes), str(file)]
+        subprocess.run(command, check=True)
+
     def free(self) -> None:
         """Give all of it back."""
         (self.path / FILLER).unlink(missing_ok=True)

@@ -33,6 +33,7 @@ DATABASE_BYTES = 256 * KIB
 pytestmark = [pytest.mark.timeout(900), pytest.mark.slow]
 
 QUICK_SCRIPT = Script(steps=2)
+STEPS = 40
 
 
 @dataclass
@@ -195,23 +196,25 @@ async def test_disk_full_while_it_is_published(full: Full) -> None:
 
 async def test_disk_full_in_the_database(full: Full) -> None:
     """What is asked for is refused and can be asked again; what happened is written down later."""
-    script = Script(steps=8, step_s=0.5, wait_for="go")
-    await full.gateway.create("database", script)
+    await full.gateway.create("database", Script(steps=STEPS, step_s=0.5, wait_for="go"))
     watch = Watch(full.gateway, "database")
     await watch.until(step=1)
+    # The process has room for what it says, and we have none for it.
+    [attempt] = full.attempts("database")
+    full.disk.reserve(attempt / "events.ndjson", 64 * KIB)
     full.disk.leave(0)
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         for number in range(100):  # until what it has room for is used up
-            await full.gateway.create(f"refused-{number}", QUICK_SCRIPT)
+            await full.gateway.create(f"refused-{number}")
             await full.gateway.wish("Cancel", f"refused-{number}")
     assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
     assert error_info(caught.value).reason == "STORAGE_FULL"
     await full.serves()
-    full.gateway.process.wait_log("DatabaseFull", 60.0)
+    await asyncio.to_thread(full.gateway.process.wait_log, r"job database, RUNNING", 60.0)
     assert (await full.gateway.get("database")).state == pb.JOB_STATE_RUNNING
 
     full.disk.free()
     (full.gateway.state / "go").touch()
     job = await watch.end()
     assert job.state == pb.JOB_STATE_SUCCEEDED, job.error
-    assert watch.steps == list(range(1, 9)) and job.attempt == 1
+    assert watch.steps == list(range(1, STEPS + 1)) and job.attempt == 1
