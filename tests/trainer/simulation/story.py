@@ -274,6 +274,7 @@ def play(seed: int, ground: Ground, loop: VirtualLoop, make_store: Callable[...,
         found.processes = world.machine.started
         return found
 
+    loop.rewind()
     try:
         return loop.run_until_complete(whole())
     except BaseException as error:

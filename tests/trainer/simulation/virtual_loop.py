@@ -40,6 +40,12 @@ class VirtualLoop(asyncio.SelectorEventLoop):
     def time(self) -> float:
         return self._passing.now_s
 
+    def rewind(self) -> None:
+        """Begin at 0 again, with nothing to come: sums of times are rounded otherwise later, and
+        what comes at the same time in an order that hangs on what else does."""
+        self._passing.now_s = 0.0
+        self._scheduled.clear()  # type: ignore[attr-defined]
+
     def run_in_executor(  # type: ignore[override]
         self, executor: Executor | None, func: Callable[..., Any], *args: Any
     ) -> asyncio.Future[Any]:
