@@ -43,6 +43,7 @@ def main() -> None:
     parser.add_argument("--cpu", action="store_true", help="two engines on the CPU")
     parser.add_argument("--model", default="tiny")
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--utilization", default="0.5", help="share of each GPU's memory")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="gpu-shards-") as folder:
         root = Path(folder)
@@ -52,7 +53,7 @@ def main() -> None:
         }
         flags = ["--shards", "2"]
         if not options.cpu:
-            flags += ["--dtype", "bfloat16", "--gpu-memory-utilization", "0.5"]
+            flags += ["--dtype", "bfloat16", "--gpu-memory-utilization", options.utilization]
         begun_s = time.monotonic()
         with gateway_process(
             root, model=options.model, workers=options.workers, adapters=adapters, extra=flags
