@@ -114,7 +114,7 @@ def assert_on_gpus_of_their_own(gateway: GatewayProcess) -> None:
     pids = [int(line) for line in smi("--query-compute-apps=pid")]
     cores = {core_of(gateway, shard).pid for shard in NAMES}
     print(f"GPUs have {used_mib} MiB in use, by processes {pids}; cores are {sorted(cores)}")
-    assert len(used_mib) == len(NAMES) and max(used_mib) < 1.2 * min(used_mib)
+    assert len(used_mib) == len(NAMES) and min(used_mib) > 1024
 
 
 def smi(query: str) -> list[str]:

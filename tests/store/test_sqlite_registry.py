@@ -234,8 +234,8 @@ async def test_a_registry_of_a_newer_release_is_refused(tmp_path: Path) -> None:
     async with SqliteRegistry(tmp_path / "db"):
         pass
     with contextlib.closing(sqlite3.connect(tmp_path / "db")) as connection:
-        connection.execute("PRAGMA user_version = 5")
-    with pytest.raises(RegistryUnusable, match="has schema 5, and this release knows 4"):
+        connection.execute("PRAGMA user_version = 6")
+    with pytest.raises(RegistryUnusable, match="has schema 6, and this release knows 5"):
         async with SqliteRegistry(tmp_path / "db"):
             pass
 
