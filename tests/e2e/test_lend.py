@@ -171,7 +171,8 @@ async def test_lend_ends_when_the_trainer_is_killed_and_is_asked_for_again(
     (alone.state / "go").touch()
     job = await watch.end()
     (alone.state / "go").unlink()
-    assert (job.state, job.attempt) == (pb.JOB_STATE_SUCCEEDED, 2), job.error
+    assert job.state == pb.JOB_STATE_SUCCEEDED, job.error
+    assert job.attempt >= 2  # one may have begun before it was paused
     assert [what for what, _ in notices(watch)].count("DEVICE_LENT") >= 2
     assert set(watch.steps) == set(range(1, STEPS + 1))
 
