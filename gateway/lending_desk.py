@@ -167,11 +167,11 @@ class LendingDesk:
         self.serves = False
         self._used.clear()
         metrics.shard_lent.labels(name).set(1)
-        await self._until_idle()
-        memory = LentMemory()
-        before_bytes = await self._free_bytes(memory)
-        loan = self._keeper.lend()
+        loan, memory = None, LentMemory()
         try:
+            await self._until_idle()
+            before_bytes = await self._free_bytes(memory)
+            loan = self._keeper.lend()
             sleeps = await asyncio.shield(loan.begun)
             freed_gib = (await self._free_bytes(memory) - before_bytes) / 1024**3
             how = "sleeps" if sleeps else "has ended"
@@ -184,8 +184,9 @@ class LendingDesk:
         except Exception:  # it is to serve in any case
             logger.exception("%s could not be lent", name)
         self._lent = False
-        loan.over.set()
-        await asyncio.shield(loan.ended)
+        if loan is not None:
+            loan.over.set()
+            await asyncio.shield(loan.ended)
         await self._drains.resume(name, wish=Wish.LENDING)
         self._tell_outage(time.monotonic() - drained_s, is_last)
 

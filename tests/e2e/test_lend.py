@@ -30,6 +30,8 @@ from tests.trainer.scripted_worker import Script
 STEPS = 30
 WAITS = Script(steps=STEPS, step_s=0.1, save_at=2, wait_for="go")
 """Trains until the test says so."""
+LONG = Script(steps=300, step_s=0.1)
+"""Trains for so long that it hears what is asked of it before it is through."""
 SOON_S = 240.0
 """An engine starts within it, on a busy machine."""
 SERVING, NOT_SERVING = (
@@ -169,7 +171,8 @@ async def test_lend_ends_when_the_trainer_is_killed_and_is_asked_for_again(
     (alone.state / "go").touch()
     job = await watch.end()
     (alone.state / "go").unlink()
-    assert (job.state, job.attempt) == (pb.JOB_STATE_SUCCEEDED, 2), job.error
+    assert job.state == pb.JOB_STATE_SUCCEEDED, job.error
+    assert job.attempt >= 2  # one may have begun before it was paused
     assert [what for what, _ in notices(watch)].count("DEVICE_LENT") >= 2
     assert set(watch.steps) == set(range(1, STEPS + 1))
 
@@ -182,12 +185,15 @@ async def test_lend_with_real_training_is_published_once_the_shard_is_back(
     job = await Watch(alone, "real").end()
     assert job.state == pb.JOB_STATE_SUCCEEDED, job.error
     assert job.publication.state == pb.PUBLICATION_STATE_SERVING, job.publication
-    assert (await ask(alone.process.address, "facts")).served_by.version == 1
+    question = next(iter(training.FACTS))
+    async with alone.channel() as channel:
+        told = await training.answer(channel, question, "facts", 1)
+        assert told != await training.answer(channel, question)
 
 
 async def test_lend_and_the_host_is_killed(alone: ScriptedGateway) -> None:
     await until_serving(alone)
-    await alone.create("host", WAITS)
+    await alone.create("host", LONG)
     watch = Watch(alone, "host")
     await watch.until(step=3)
     (process,) = alone.training()
@@ -196,12 +202,10 @@ async def test_lend_and_the_host_is_killed(alone: ScriptedGateway) -> None:
     await resting(alone, watch, "host")
     assert await text(alone, "alpha"), "it serves"
     await alone.wish("Resume", "host")
-    (alone.state / "go").touch()
     job = await watch.end()
-    (alone.state / "go").unlink()
     assert job.state == pb.JOB_STATE_SUCCEEDED, job.error
     assert (job.lost_steps, job.attempts_left) == (0, 3), "nothing is counted"
-    assert sorted(watch.steps) == list(range(1, STEPS + 1)), "each once"
+    assert watch.steps == list(range(1, LONG.steps + 1)), "each once"
     order = [what for what, _ in notices(watch)]
     begin = order.index("DEVICE_RECLAIMED")
     assert order[begin - 1 : begin + 3] == ["PAUSING", "DEVICE_RECLAIMED", "PAUSED", "QUEUED"]
@@ -226,7 +230,7 @@ async def test_lend_of_one_of_two_shards_fails_no_call(
 
         calling = asyncio.create_task(call())
         before = await text(two, "alpha")
-        await two.create("spare", WAITS)
+        await two.create("spare", LONG)
         watch = Watch(two, "spare")
         await watch.until(step=1)
         assert await state(two, 1) == "LENT"
@@ -235,7 +239,6 @@ async def test_lend_of_one_of_two_shards_fails_no_call(
         await watch.until(pb.JOB_STATE_PAUSED)  # the limit
         during = served[lent_from + 1 :]  # one may have been on its way
         assert during and set(during) == {"shard-0"}
-        (two.state / "go").touch()
         job = await watch.end()
         assert (job.state, job.lost_steps) == (pb.JOB_STATE_SUCCEEDED, 0), job.error
         async with asyncio.timeout(SOON_S):

@@ -302,6 +302,27 @@ async def test_a_shard_that_an_operator_has_drained_stays_so_after_it_was_lent(
         assert drain is not None and drain.wishes == {Wish.OPERATOR}
 
 
+async def test_a_shard_serves_again_when_it_could_not_be_lent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with stage(tmp_path, monkeypatch) as at:
+        until_idle, failed = at.drains.until_idle, asyncio.Event()
+
+        async def fail_once(shard: str) -> None:
+            if failed.is_set():
+                return await until_idle(shard)
+            failed.set()
+            raise RuntimeError("unforeseen")
+
+        monkeypatch.setattr(at.drains, "until_idle", fail_once)
+        job = at.job()
+        await job.has_it()
+        assert failed.is_set() and len(at.keeper.loans) == 1
+        assert [notice.code for notice in job.told] == ["DEVICE_LENT"] * 2
+        job.give_back()
+        await at.until_serves()
+
+
 async def test_a_device_on_which_nothing_serves_is_borrowed_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

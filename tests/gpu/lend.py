@@ -130,7 +130,7 @@ class Story:
             ),
             contextlib.nullcontext,
             120.0,
-            self.folder,
+            Path(tempfile.mkdtemp(prefix="lend-run-")),
             Screening(),
         )
         self.versions: list[ServedVersion] = []
