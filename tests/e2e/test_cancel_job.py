@@ -70,7 +70,14 @@ async def assert_that_the_evaluation_was_cut(channel: grpc.aio.Channel, name: st
     assert "checkpoint" in kinds[cancelling:] and states[-1] == pb.JOB_STATE_CANCELLED
 
 
-@pytest.mark.parametrize("moment", ["load", "step", "evaluation"])
+@pytest.mark.parametrize(
+    "moment",
+    [
+        pytest.param("load", marks=pytest.mark.slow),
+        "step",
+        pytest.param("evaluation", marks=pytest.mark.slow),
+    ],
+)
 async def test_cancel_job_ends_it_in_time_with_what_it_had(
     gateway: GatewayProcess, channel: grpc.aio.Channel, moment: str
 ) -> None:

@@ -17,7 +17,7 @@ from tests.e2e.training import FACTS, QUICK
 pytestmark = pytest.mark.timeout(600)
 
 
-@pytest.mark.parametrize("backend", ["UNSLOTH", "PEFT"])
+@pytest.mark.parametrize("backend", ["UNSLOTH", pytest.param("PEFT", marks=pytest.mark.slow)])
 async def test_train_to_serve_answers_what_only_the_dataset_holds(
     channel: grpc.aio.Channel, backend: str
 ) -> None:
@@ -67,6 +67,7 @@ async def test_train_to_serve_answers_what_only_the_dataset_holds(
     assert version.labels["job"] == name
 
 
+@pytest.mark.slow
 async def test_train_to_serve_in_four_bits_is_measured_against_what_is_served(
     channel: grpc.aio.Channel,
 ) -> None:
