@@ -43,7 +43,7 @@ class Liveness:
         if not self._dead.done():
             self._dead.set_result(None)
 
-    async def answer(self, call: Coroutine[Any, Any, T], timeout_s: float) -> T:
+    async def answer(self, call: Coroutine[Any, Any, T], timeout_s: float | None) -> T:
         """What the core answers.
 
         Raises ShardUnavailable if it is dead, dies, or takes longer; else what `call` raises.

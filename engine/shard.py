@@ -273,7 +273,7 @@ class VllmShard:
         await self._liveness.answer(removal, UTILITY_TIMEOUT_S)
 
     async def call_core(
-        self, utility: str, *arguments: int | str, timeout_s: float = UTILITY_TIMEOUT_S
+        self, utility: str, *arguments: int | str, timeout_s: float | None = UTILITY_TIMEOUT_S
     ) -> Any:
         """Call a utility of `engine/core_plugin.py` in the core. Raises ShardUnavailable."""
         call = self._engine.engine_core.call_utility_async(utility, *arguments)
@@ -290,13 +290,10 @@ class VllmShard:
     async def core_load(self) -> Load:
         return Load(*await self.call_core("gateway_load"))
 
-    async def answers(self, timeout_s: float) -> bool:
-        """Whether the core answers in time. It does so between two steps."""
-        try:
-            await self.call_core("gateway_load", timeout_s=timeout_s)
-        except ShardUnavailable:
-            return False
-        return True
+    async def respond(self) -> None:
+        """Return once the core answers, however long that takes. It does so between two steps.
+        Raises ShardUnavailable if it is known to be dead."""
+        await self.call_core("gateway_load", timeout_s=None)
 
     def declare_dead(self, crashed: bool | None = None) -> None:
         """End every request with ShardUnavailable, because the core is known to be dead.

@@ -6,6 +6,7 @@ start -> attach -> try out -> used -> death | end in order | sleep -> wake
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 from collections.abc import Coroutine
@@ -19,11 +20,10 @@ from engine.screening import Screening
 from engine.shard import VllmShard
 from gateway.inquest import inquest
 from gateway.keeper_state import Cause
+from gateway.silence import until_silent
 
 logger = logging.getLogger(__name__)
 
-ASK_INTERVAL_S = 1.0
-"""How often a core is asked whether it still answers."""
 SLEEP_TIMEOUT_S = 180.0
 """How long a core may take to fall asleep or wake up: its weights are copied, and it answers
 nothing meanwhile."""
@@ -177,9 +177,16 @@ class DrivenCore:
 
 
 async def _silence(shard: VllmShard, timeout_s: float) -> None:
-    """Wait until the core has not answered for so long, or has said that it is dead."""
-    while not shard.broken and await shard.answers(timeout_s):  # noqa: ASYNC110  # it tells no one
-        await asyncio.sleep(ASK_INTERVAL_S)
+    """Wait until the core has not answered for so long, or has said that it is dead. Time in which
+    this process did not run does not count: a machine that was paused has not lost its engines."""
+
+    async def ask() -> None:
+        if shard.broken:
+            raise ShardUnavailable(shard.name)
+        await shard.respond()
+
+    with contextlib.suppress(ShardUnavailable):
+        await until_silent(ask, timeout_s, timeout_s)
 
 
 async def _cancelled(*tasks: asyncio.Task[Any]) -> None:

@@ -16,6 +16,7 @@ from engine.errors import ShardUnavailable
 from engine.screening import Screening
 from engine.step_record import StepRecord
 from gateway import driven_core as module
+from gateway import silence
 from gateway.keeper import ShardKeeper
 from gateway.keeper_state import KeeperState
 from gateway.restarts import Restarts
@@ -54,10 +55,9 @@ class FakeShard:
             await self.dead.wait()
             raise ShardUnavailable(self.name)
 
-    async def answers(self, timeout_s: float) -> bool:
+    async def respond(self) -> None:
         if self.core.stopped:
-            await asyncio.sleep(timeout_s)
-        return not self.core.stopped
+            await asyncio.Event().wait()
 
     def declare_dead(self, crashed: bool) -> None:
         self.verdict = crashed
@@ -192,7 +192,7 @@ async def keeping(
 
     monkeypatch.setattr(module, "EngineCore", Cores)
     monkeypatch.setattr(module, "VllmShard", Shards)
-    monkeypatch.setattr(module, "ASK_INTERVAL_S", 0.01)
+    monkeypatch.setattr(silence, "STEP_S", 0.01)
     await at.keeper.start()
     at.keeper.settled = True
     keeps = asyncio.create_task(at.keeper.keep(at))

@@ -182,7 +182,9 @@ class Story:
         if not self.options.cpu:
             await self.one(self.options.loans + 1, before, keeps=True)
 
-    async def one(self, number: int, before: Sequence[object], *, keeps: bool = False) -> None:
+    async def one(
+        self, number: int, before: Sequence[Sequence[int]], *, keeps: bool = False
+    ) -> None:
         """One loan. The process `keeps` the memory until the core has tried to wake up."""
         serving = used_bytes()
         begin_s = time.monotonic()
