@@ -169,8 +169,19 @@ format: $(DEV_READY) ## Format Python and proto files, and fix what ruff can
 	@$(BIN)/buf format --write
 
 .PHONY: test
+QUICK := $(BIN)/python -m pytest -m 'not slow and not gpu'
+# Tests of real engines measure time, and run alone. Those of jobs wait for processes most of the
+# time, and run beside the others.
 test: $(DEV_READY) ## The quick tests, real engines on the CPU among them
-	@$(BIN)/python -m pytest -m 'not slow and not gpu' $(ARGS)
+ifneq ($(ARGS),)
+	@$(QUICK) $(ARGS)
+else
+	@code=0; $(QUICK) tests/e2e || code=$$?; \
+	  jobs=$$(mktemp); trap 'kill $$! 2>/dev/null || true; rm -f "$$jobs"' EXIT; \
+	  $(QUICK) tests/trainer >"$$jobs" 2>&1 & \
+	  $(QUICK) --ignore=tests/e2e --ignore=tests/trainer || code=$$?; \
+	  wait $$! || code=$$?; cat "$$jobs"; exit $$code
+endif
 
 .PHONY: test-full
 test-full: $(DEV_READY) ## All tests; those on a GPU too where ACCEL finds one

@@ -305,6 +305,7 @@ async def good_digests(adapters: AdaptersAsyncStub) -> set[str]:
 # --- both at once
 
 
+@pytest.mark.slow
 async def test_each_is_refused_with_its_reason_and_no_good_request_notices(
     gateway: GatewayProcess, folder: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -152,7 +152,8 @@ async def stream(channel: grpc.aio.Channel, request: pb.GenerateRequest, ledger:
         ledger.outlived += version != ledger.stood[ledger.acknowledged]
 
 
-@pytest.mark.parametrize("changes", [100, pytest.param(300, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", [100, 300])
 async def test_promote_under_load(
     changes: int,
     gateway: GatewayProcess,
@@ -294,7 +295,7 @@ async def first_refusal(channel: grpc.aio.Channel, request: pb.GenerateRequest) 
             return error.code().name, error_info(error).reason
 
 
-@pytest.mark.parametrize("verb", ["Delete", "Unload"])
+@pytest.mark.parametrize("verb", ["Delete", pytest.param("Unload", marks=pytest.mark.slow)])
 async def test_a_version_leaves_when_its_last_stream_has_ended(
     verb: str, gateway: GatewayProcess, sources: Path
 ) -> None:

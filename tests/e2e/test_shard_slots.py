@@ -145,6 +145,7 @@ async def deferred_until(gateway: GatewayProcess, done: asyncio.Event) -> list[f
     return seen
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 async def test_shard_slots_are_shared_in_turns_and_nobody_starves(
     scarce: GatewayProcess,
@@ -180,6 +181,7 @@ async def test_shard_slots_are_shared_in_turns_and_nobody_starves(
     assert sum(scarce.metrics("gateway_slot_waiting")) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 async def test_a_dead_worker_keeps_no_shard_slot(
     scarce: GatewayProcess, golden: Mapping[str, Sequence[int]]

@@ -61,6 +61,7 @@ async def sleepy(gateway: GatewayProcess, channel: grpc.aio.Channel, name: str) 
         return seen
 
 
+@pytest.mark.slow
 async def test_watchers_that_come_go_sleep_and_resume_see_every_sequence_once(
     gateway: GatewayProcess, channel: grpc.aio.Channel
 ) -> None:
