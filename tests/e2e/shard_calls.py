@@ -13,6 +13,8 @@ import psutil
 
 from engine.ring import AdapterKey, Ring, ShardState
 from lora_gateway.v1 import inference_pb2 as pb
+from lora_gateway.v1.admin_pb2 import ExplainRouteRequest
+from lora_gateway.v1.admin_pb2_grpc import AdminStub
 from lora_gateway.v1.inference_pb2_grpc import InferenceStub
 from tests.e2e.gateway_process import GatewayProcess
 
@@ -48,6 +50,14 @@ async def ask(
 async def ask_often(address: str, adapter: str, count: int) -> list[pb.GenerateResponse]:
     """Answers to `count` calls at once."""
     return await asyncio.gather(*(ask(address, adapter) for _ in range(count)))
+
+
+async def own_shards(address: str, adapter: str) -> set[str]:
+    """The shards that are an adapter's own now: its home, and others while it is hot."""
+    request = ExplainRouteRequest(adapter=adapter)
+    async with grpc.aio.insecure_channel(address, options=OPTIONS) as channel:
+        told = await AdminStub(channel).ExplainRoute(request, timeout=30)
+    return {c.shard for worker in told.workers for c in worker.candidates[: worker.replicas]}
 
 
 class Stream:
