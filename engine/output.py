@@ -16,60 +16,59 @@ from engine.generation import (
 )
 
 if TYPE_CHECKING:
-    from vllm.logprobs import Logprob
+    from vllm.logprobs import Logprob, PromptLogprobs
     from vllm.outputs import CompletionOutput, RequestOutput
 
 
-def to_output(output: RequestOutput, sampling: Mapping[str, Any], shard: str) -> Output:
-    """What a shard yields for one output of vLLM.
+class OutputReader:
+    """Reads what vLLM says of one request."""
 
-    `sampling` is what the request asked for. Raises ShardUnavailable for an abort that nobody
-    here asked for, and GenerationFailed for an error.
-    """
-    metrics = output.metrics
-    scored = sampling.get("logprob_token_ids") or sampling.get("logprobs", 0)
-    asked_of_prompt = sampling.get("prompt_logprobs", 0)
-    return Output(
-        deltas=[_delta(completion, scored, sampling, shard) for completion in output.outputs],
-        finished=output.finished,
-        prompt_tokens=len(output.prompt_token_ids or ()),
-        cached_tokens=output.num_cached_tokens or 0,
-        queue_s=max(0.0, metrics.scheduled_ts - metrics.queued_ts) if metrics else 0.0,
-        scheduled_s=metrics.scheduled_ts if metrics else 0.0,
-        decode_s=metrics.last_token_ts - metrics.first_token_ts if metrics else 0.0,
-        prompt_logprobs=[
-            _position(entry, None, asked_of_prompt) for entry in output.prompt_logprobs or ()
-        ],
-    )
+    __slots__ = ("_sampling", "_scored", "_shard")
+
+    def __init__(self, sampling: Mapping[str, Any], shard: str) -> None:
+        """`sampling` is what the request asked for."""
+        self._sampling = sampling
+        self._shard = shard
+        self._scored = sampling.get("logprob_token_ids") or sampling.get("logprobs", 0)
+
+    def read(self, output: RequestOutput) -> Output:
+        """What a shard yields for one output. Runs once a token: what is rare stays out of line.
+
+        Raises ShardUnavailable for an abort that nobody here asked for, and GenerationFailed for
+        an error.
+        """
+        metrics = output.metrics
+        return Output(
+            [self._delta(completion) for completion in output.outputs],
+            output.finished,
+            len(output.prompt_token_ids or ()),
+            output.num_cached_tokens or 0,
+            max(0.0, metrics.scheduled_ts - metrics.queued_ts) if metrics else 0.0,
+            metrics.scheduled_ts if metrics else 0.0,
+            metrics.last_token_ts - metrics.first_token_ts if metrics else 0.0,
+            self._prompt(output.prompt_logprobs) if output.prompt_logprobs else (),
+        )
+
+    def _delta(self, completion: CompletionOutput) -> Delta:
+        delta = Delta(completion.index, completion.text, completion.token_ids)
+        if completion.logprobs is not None:
+            delta.logprobs = [
+                _position(entry, token_id, self._scored)
+                for entry, token_id in zip(completion.logprobs, completion.token_ids, strict=True)
+            ]
+        if completion.finish_reason is not None:
+            delta.finish_reason = _finish_reason(completion.finish_reason, self._shard)
+            if _asked_for(completion.stop_reason, self._sampling):
+                delta.stop = completion.stop_reason
+        return delta
+
+    def _prompt(self, logprobs: PromptLogprobs) -> list[PositionLogprobs]:
+        asked = self._sampling.get("prompt_logprobs", 0)
+        return [_position(entry, None, asked) for entry in logprobs]
 
 
-def _delta(
-    completion: CompletionOutput,
-    asked: int | Sequence[int],
-    sampling: Mapping[str, Any],
-    shard: str,
-) -> Delta:
-    token_ids, stop = completion.token_ids, completion.stop_reason
-    logprobs = None
-    if completion.logprobs is not None:
-        logprobs = [
-            _position(entry, token_id, asked)
-            for entry, token_id in zip(completion.logprobs, token_ids, strict=True)
-        ]
-    return Delta(
-        index=completion.index,
-        text=completion.text,
-        token_ids=token_ids,
-        logprobs=logprobs,
-        finish_reason=_finish_reason(completion.finish_reason, shard),
-        stop=stop if _asked_for(stop, sampling) else None,
-    )
-
-
-def _finish_reason(reason: str | None, shard: str) -> FinishReason | None:
+def _finish_reason(reason: str, shard: str) -> FinishReason:
     """An abort that we did not ask for, or an error, is no way to finish."""
-    if reason is None:
-        return None
     if reason == "abort":
         raise ShardUnavailable(shard)
     if reason == "error":

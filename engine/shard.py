@@ -30,7 +30,7 @@ from engine.generation import (
 )
 from engine.liveness import Liveness, runs
 from engine.model_info import ModelInfo
-from engine.output import to_output
+from engine.output import OutputReader
 from engine.rendering import PromptRenderer, RenderedPrompt
 from engine.sampling import build_params
 from engine.screening import Screening
@@ -185,10 +185,11 @@ class VllmShard:
             )
             # 2. Take what is there without a task switch, else wait. What piles up while the
             #    caller is busy writing, vLLM merges into one output (output_processor.py:69).
+            reader = OutputReader(request.sampling, self._name)
             while not finished:
                 output = collector.get_nowait() or await collector.get()
                 finished, begun = output.finished, True
-                yield to_output(output, request.sampling, self._name)  # type: ignore[arg-type]  # never a pooling output
+                yield reader.read(output)  # type: ignore[arg-type]  # never a pooling output
         except VLLMClientError as error:
             finished = True  # refused before it reached the core
             raise _invalid_request(error) from error

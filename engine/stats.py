@@ -16,10 +16,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge
 from prometheus_client.metrics import MetricWrapperBase
 from vllm.config import VllmConfig
 from vllm.v1.metrics.loggers import PrometheusStatLogger
+from vllm.v1.metrics.stats import IterationStats, SchedulerStats
+
+from engine.batched_histogram import BatchedHistogram
 
 SCHEDULER_GAUGES = frozenset(
     {
@@ -80,7 +83,7 @@ def shard_stat_logger(shard: str) -> type[PrometheusStatLogger]:
     class ShardStatLogger(PrometheusStatLogger):
         _gauge_cls = _per_shard(Gauge, shard)
         _counter_cls = _per_shard(Counter, shard)
-        _histogram_cls = _per_shard(Histogram, shard)
+        _histogram_cls = _per_shard(BatchedHistogram, shard)
 
         def __init__(
             self, vllm_config: VllmConfig, engine_indexes: list[int] | None = None
@@ -89,5 +92,19 @@ def shard_stat_logger(shard: str) -> type[PrometheusStatLogger]:
             # Its labels are lists of adapter names: each new mix of adapters would be a new
             # series that never goes away (loggers.py:1224).
             self.gauge_lora_info = None
+
+        def record(
+            self,
+            scheduler_stats: SchedulerStats | None,
+            iteration_stats: IterationStats | None,
+            *arguments: Any,
+            **options: Any,
+        ) -> None:
+            """Runs once a step. What vLLM would observe token by token is observed here."""
+            if iteration_stats is not None and iteration_stats.inter_token_latencies_iter:
+                itl: Any = self.histogram_inter_token_latency[options.get("engine_idx", 0)]
+                itl.observe_all(iteration_stats.inter_token_latencies_iter)
+                iteration_stats.inter_token_latencies_iter = []
+            super().record(scheduler_stats, iteration_stats, *arguments, **options)
 
     return ShardStatLogger

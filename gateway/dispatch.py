@@ -76,7 +76,7 @@ class Dispatch:
 async def _run(
     request: GenerationRequest, route: Route, call: Call
 ) -> AsyncGenerator[Output, None]:
-    with metrics.shard_inflight.labels(route.shard.name).track_inprogress():
+    with metrics.shard_inflight_of(route.shard.name).track_inprogress():
         async with route.lease() as version:
             prompt = await route.shard.render(request.prompt)
             call.render_s = prompt.render_s

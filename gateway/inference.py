@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator
@@ -9,7 +10,7 @@ from collections.abc import AsyncIterator
 from engine.generation import GenerationRequest, Output, VersionKey
 from engine.pool import ShardPool
 from engine.ring import AdapterKey
-from gateway import codec, metrics
+from gateway import codec, metrics, pacing
 from gateway.adapter_labels import AdapterLabels
 from gateway.admission import Admission
 from gateway.call import BASE_MODEL_LABEL, Call, current_call
@@ -66,7 +67,6 @@ class Inference(InferenceServicer):
             key = self._resolve(decoded, call)
             engine_request = _engine_request(decoded, call, stream=True)
             ends: dict[int, pb.CompletionEnd] = {}
-            observe_itl = metrics.itl_observer(call.adapter_label)
             async with contextlib.aclosing(
                 self._dispatch.outputs(engine_request, key, call)
             ) as outputs:
@@ -76,13 +76,15 @@ class Inference(InferenceServicer):
                     if previous_s is None:
                         yield _started(call, output)
                     else:
-                        observe_itl((call.last_token_s or 0.0) - previous_s)
+                        metrics.observe_itl(call, (call.last_token_s or 0.0) - previous_s)
                     for delta in output.deltas:
                         event = codec.encode_delta(delta, token_ids=decoded.return_token_ids)
                         if event is not None:
                             yield event
                         if delta.finish_reason is not None:
                             ends[delta.index] = codec.encode_end(delta)
+                    if not output.finished and (rest_s := pacing.rest_s(call.write_s)):
+                        await asyncio.sleep(rest_s)
         yield pb.GenerateStreamResponse(
             finished=pb.GenerationFinished(
                 completions=[ends[index] for index in sorted(ends)],

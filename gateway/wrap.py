@@ -75,17 +75,20 @@ class EdgeInterceptor(grpc.aio.ServerInterceptor):
     def __init__(self, edge: Edge, services: tuple[str, ...]) -> None:
         self._edge = edge
         self._prefixes = tuple(f"/{service}/" for service in services)
+        self._wrapped: dict[str, Handler] = {}
 
     async def intercept_service(
         self,
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> Handler | None:
+        path = handler_call_details.method
+        if (wrapped := self._wrapped.get(path)) is not None:
+            return wrapped
         handler = await continuation(handler_call_details)
-        if handler is None or not handler_call_details.method.startswith(self._prefixes):
+        if handler is None or not path.startswith(self._prefixes):
             return handler
-        method = handler_call_details.method.rpartition("/")[2]
-        return wrap(handler, method, self._edge)
+        return self._wrapped.setdefault(path, wrap(handler, path.rpartition("/")[2], self._edge))
 
 
 def wrap(handler: Any, method: str, edge: Edge) -> Handler:
@@ -144,7 +147,7 @@ async def _hear_out(raws: AsyncIterator[bytes]) -> None:
 
 async def write(call: Call, context: Context, message: Any) -> None:
     """Send one message of a stream."""
-    call.writing_since_s = time.monotonic()
+    began_s = call.writing_since_s = time.monotonic()
     if call.first_write is None:
         call.first_write = asyncio.ensure_future(context.write(message))
         call.first_write.add_done_callback(_retrieve)
@@ -152,6 +155,7 @@ async def write(call: Call, context: Context, message: Any) -> None:
     else:
         await context.write(message)
     call.writing_since_s = None
+    call.write_s = time.monotonic() - began_s
 
 
 def _retrieve(write: asyncio.Future[None]) -> None:

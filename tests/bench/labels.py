@@ -104,7 +104,7 @@ def _record(adapters: int, named: int) -> dict[str, float]:
         if code == "OK":
             made.first_token_s, made.scheduled_s = 0.02, 0.01
         if method == "GenerateStream":
-            metrics.itl_observer(made.adapter_label)(0.01)
+            metrics.observe_itl(made, 0.01)
         metrics.record(made, code, 0.5)
 
     def calls_of(number: int) -> None:

@@ -11,6 +11,7 @@ from prometheus_client import REGISTRY
 
 from engine.pool import ServedAdapter
 from engine.split import Split
+from gateway import metrics
 from gateway.adapter_labels import OTHER_LABEL
 from gateway.admission import Draining, Shed
 from gateway.call import BASE_MODEL_LABEL, UNRESOLVED_LABEL
@@ -138,3 +139,24 @@ async def test_calls_count_as_running_while_they_run(fake: FakeGateway) -> None:
     stream.cancel()
     assert await fake.admission.wait_idle(5)
     assert running() == before
+
+
+def gaps_of_alpha() -> float:
+    labels = {"adapter": "alpha", "stage": "itl"}
+    return REGISTRY.get_sample_value("llm_adapter_latency_seconds_count", labels) or 0.0
+
+
+async def test_a_long_stream_shows_its_gaps_while_it_runs(fake: FakeGateway) -> None:
+    tokens = metrics.ITL_BATCH + 2
+    sampling = pb.SamplingParams(max_tokens=tokens + 100)
+    before = gaps_of_alpha()
+    stream = fake.stub.GenerateStream(
+        pb.GenerateRequest(text="x", adapter="alpha", sampling=sampling)
+    )
+    deltas = 0
+    async for event in stream:
+        deltas += event.HasField("delta")
+        if deltas == tokens:
+            break
+    assert gaps_of_alpha() >= before + metrics.ITL_BATCH
+    stream.cancel()

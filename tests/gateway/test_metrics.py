@@ -60,14 +60,13 @@ def work() -> None:
     alpha.scheduled_s = START_S + 0.04
     metrics.record(alpha, "OK", START_S + 2.0)
     failed = call("GenerateStream", "alpha", first_token_s=0.25, prompt=10, completion=1)
+    for gap_s in (0.02, 0.02, 0.04):
+        metrics.observe_itl(failed, gap_s)
     metrics.record(failed, "UNAVAILABLE", START_S + 3.0)
     metrics.record(call("Generate", BASE_MODEL_LABEL), "CANCELLED", START_S + 1.0)
     metrics.record(call("Generate"), "NOT_FOUND", START_S + 0.001)
     metrics.record(call("GetModel"), "OK", START_S + 0.001)
-    observe = metrics.itl_observer("alpha")
-    for gap_s in (0.02, 0.02, 0.04):
-        observe(gap_s)
-    metrics.shard_inflight.labels("shard-0").inc(3)
+    metrics.shard_inflight_of("shard-0").inc(3)
     metrics.observe_shed(Shed.OVERLOADED)
     print(os.getpid())
 
