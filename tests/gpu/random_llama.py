@@ -16,6 +16,25 @@ from trainer.rows import IGNORED, ROWS_FILE
 
 def write_model(folder: Path, *, tiny: bool) -> None:
     """Llama-3.1-8B's shape, made on the GPU; or a tiny one, on the CPU."""
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device("cpu" if tiny else "cuda"):
+        model = LlamaForCausalLM(_config(tiny=tiny))
+    model.save_pretrained(folder, max_shard_size="4GB")
+    _write_tokenizer(folder)
+
+
+def write_shape(folder: Path, *, tiny: bool, layers: int | None = None) -> Path:
+    """The same without weights, for engines that make some up (`load_format` "dummy")."""
+    config = _config(tiny=tiny)
+    config.architectures = [LlamaForCausalLM.__name__]
+    config.num_hidden_layers = layers or config.num_hidden_layers
+    config.save_pretrained(folder)
+    _write_tokenizer(folder)
+    return folder
+
+
+def _config(*, tiny: bool) -> LlamaConfig:
     small = dict(
         vocab_size=1024,
         hidden_size=128,
@@ -32,7 +51,7 @@ def write_model(folder: Path, *, tiny: bool) -> None:
         num_attention_heads=32,
         num_key_value_heads=8,
     )
-    config = LlamaConfig(
+    return LlamaConfig(
         **(small if tiny else llama_3_1_8b),
         max_position_embeddings=8192,
         rope_theta=500_000.0,
@@ -41,11 +60,9 @@ def write_model(folder: Path, *, tiny: bool) -> None:
         eos_token_id=2,
         dtype="bfloat16",
     )
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.bfloat16)
-    with torch.device("cpu" if tiny else "cuda"):
-        model = LlamaForCausalLM(config)
-    model.save_pretrained(folder, max_shard_size="4GB")
+
+
+def _write_tokenizer(folder: Path) -> None:
     words = {"<pad>": 0, "<s>": 1, "</s>": 2} | {f"w{at}": at for at in range(3, 1000)}
     PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(WordLevel(words, unk_token="<pad>")),
