@@ -51,6 +51,9 @@ class ScriptedHost(AdaptersServicer):
     async def UploadAdapterVersion(
         self, request_iterator: AsyncIterator[pb.UploadAdapterVersionRequest], context: Any
     ) -> pb.UploadAdapterVersionResponse:
+        if self.fails is not None:  # hears it out first, as the host does (gateway/wrap.py)
+            async for _ in request_iterator:
+                pass
         await self._begin(context)
         digest, size_bytes = hashlib.sha256(), 0
         async for request in request_iterator:
