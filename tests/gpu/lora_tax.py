@@ -27,7 +27,14 @@ from typing import Any
 
 from tests.gpu import kernel_times
 from tests.gpu.lend import offer_plugin
-from tests.gpu.measured_engine import ROOT, BareEngine, EngineSpec, Load, prepare_environment
+from tests.gpu.measured_engine import (
+    QUICK_SIZES,
+    ROOT,
+    BareEngine,
+    EngineSpec,
+    Load,
+    prepare_environment,
+)
 from tests.gpu.measured_server import MeasuredGateway, MeasuredHttp
 from tests.gpu.random_adapters import write_adapters
 from tests.gpu.random_llama import write_shape
@@ -36,8 +43,6 @@ from tests.gpu.turns import Turns, say
 GIB = 1024**3
 ADAPTERS, TOKENS = 8, 128
 PROMPT = tuple(3 + (at * 131) % 990 for at in range(128))
-SIZES = [1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512]
-"""Of graphs in the sweep: fewer than vLLM's own, for shorter starts."""
 SWEEP_ENGINE_GIB, SERVE_ENGINE_GIB, SPARE_GIB = 17.5, 37.5, 3.0
 SKIPPED_STEPS, PROFILED_STEPS = 70, 10
 OVER_BARE, OVER_BASE = 0.98, 0.75
@@ -65,7 +70,7 @@ SETTINGS = {
     "tuned-dual": Setting(environment=DUAL, tuned=True),
     "batch-8192": Setting({"max_num_batched_tokens": 8192}),
     "graphs-2048": Setting(
-        {"compilation_config": {"cudagraph_capture_sizes": [*SIZES, 768, 1024, 1536, 2048]}}
+        {"compilation_config": {"cudagraph_capture_sizes": [*QUICK_SIZES, 768, 1024, 1536, 2048]}}
     ),
     "cap-64": Setting({"max_lora_rank": 64}),
     "slots-16": Setting({"max_loras": 16}),
@@ -360,7 +365,9 @@ def _quick(options: argparse.Namespace, traces: Path) -> dict[str, Any]:
         "torch_profiler_with_stack": False,
         "ignore_frontend": True,
     }
-    graphs = {} if options.tiny else {"compilation_config": {"cudagraph_capture_sizes": SIZES}}
+    graphs = (
+        {} if options.tiny else {"compilation_config": {"cudagraph_capture_sizes": [*QUICK_SIZES]}}
+    )
     return {"profiler_config": profiler, **graphs}
 
 
