@@ -37,6 +37,7 @@ TARGET = 0.9
 CHUNK = 8
 """Tokens per message of those who do not want each by itself."""
 WITHOUT = " without our plugin"
+FLAGS = ("--max-num-seqs", "512")
 EDGE_S = 150.0
 
 
@@ -115,7 +116,7 @@ def _measure(
                 stock.wait_ready()
         for count in options.workers:
             gateways[count] = MeasuredGateway(
-                f"gateway, {count} workers", spec, count, [], folder / f"gateway-{count}"
+                f"gateway, {count} workers", spec, count, FLAGS, folder / f"gateway-{count}"
             )
             if options.cpu:
                 gateways[count].wait_ready()

@@ -262,7 +262,7 @@ def _serve(options: argparse.Namespace, folder: Path, turns: Turns) -> None:
         {**options.env, **_tuned(options, options.tuned.is_dir())},
     )
     os.environ.update(spec.environment)  # the gateway inherits it
-    gateway_flags = ["--gpu-memory-utilization", "0.4"]
+    gateway_flags = ["--max-num-seqs", "512"]
     bare = BareEngine("bare", spec, folder / "bare.log")
     servers: dict[str, MeasuredGateway | MeasuredHttp] = {}
 
