@@ -177,7 +177,8 @@ def _measure_settings(
     settings: Mapping[str, Setting],
 ) -> None:
     few, many = options.in_flight[0], options.in_flight[1]
-    load = Load(many, 2, PROMPT, options.tokens)
+    # Unary, so that the front end is not the limit: few layers are fast.
+    load = Load(many, 2, PROMPT, options.tokens, stream=False)
     engines = {}
     for name, setting in settings.items():
         traces = folder / "traces" / name
@@ -187,7 +188,7 @@ def _measure_settings(
             model,
             _dtype(options),
             adapters[setting.rank] if lora else (),
-            {**_engine(options, 4.5), **_quick(options, traces), **setting.engine},
+            {**_engine(options, 4.5), **_profiled(traces), **setting.engine},
             {**setting.environment, **_tuned(options, setting.tuned)},
         )
         engines[name] = BareEngine(name, spec, folder / f"{name}.log")
@@ -351,24 +352,25 @@ def _dtype(options: argparse.Namespace) -> str:
 
 
 def _engine(options: argparse.Namespace, cache_gib: float) -> dict[str, Any]:
-    """Weights are made up, and the size of the cache is told: no profile, so that several can
-    start at once."""
-    memory = {} if options.tiny else {"kv_cache_memory_bytes": int(cache_gib * GIB)}
-    share = {} if options.tiny else {"gpu_memory_utilization": 0.1}
-    return {"load_format": "dummy", "enable_prefix_caching": False, **memory, **share}
+    """Weights are made up, and the size of the cache is told: no profile of the memory, so that
+    several can start at once."""
+    made_up = {"load_format": "dummy", "enable_prefix_caching": False}
+    on_gpu = {
+        "kv_cache_memory_bytes": int(cache_gib * GIB),
+        "gpu_memory_utilization": 0.1,
+        "compilation_config": {"cudagraph_capture_sizes": [*QUICK_SIZES]},
+    }
+    return {**made_up, **({} if options.tiny else on_gpu)}
 
 
-def _quick(options: argparse.Namespace, traces: Path) -> dict[str, Any]:
+def _profiled(traces: Path) -> dict[str, Any]:
     profiler = {
         "profiler": "torch",
         "torch_profiler_dir": str(traces),
         "torch_profiler_with_stack": False,
         "ignore_frontend": True,
     }
-    graphs = (
-        {} if options.tiny else {"compilation_config": {"cudagraph_capture_sizes": [*QUICK_SIZES]}}
-    )
-    return {"profiler_config": profiler, **graphs}
+    return {"profiler_config": profiler}
 
 
 def _tuned(options: argparse.Namespace, wanted: bool) -> dict[str, str]:
