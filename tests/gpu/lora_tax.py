@@ -156,7 +156,13 @@ def _sweep(options: argparse.Namespace, folder: Path, turns: Turns) -> None:
     few, many = options.in_flight[0], options.in_flight[1]
     say("medians")
     turns.table()
+    for in_flight in (few, many):
+        without = turns.median(f"no-adapters, base at {in_flight}")
+        base = turns.median(f"today, base at {in_flight}")
+        turns.ratio(f"base alone at {in_flight}, where adapters may come : not", base, without)
     for name in chosen:
+        if not chosen[name].engine.get("enable_lora", True):
+            continue
         base = turns.median(f"{name}, base at {many}") or turns.median(f"today, base at {many}")
         with_adapters = turns.median(f"{name}, adapters at {many}")
         turns.ratio(f"{name} at {many}, adapters : base alone", with_adapters, base)
@@ -184,11 +190,13 @@ def _measure_settings(
         traces = folder / "traces" / name
         traces.mkdir(parents=True)
         lora = setting.engine.get("enable_lora", True)
+        # Without adapters vLLM compiles on a CPU too, which is turned off there.
+        eager = {"enforce_eager": True} if options.tiny and not lora else {}
         spec = EngineSpec(
             model,
             _dtype(options),
             adapters[setting.rank] if lora else (),
-            {**_engine(options, 4.5), **_profiled(traces), **setting.engine},
+            {**_engine(options, 4.5), **_profiled(traces), **eager, **setting.engine},
             {**setting.environment, **_tuned(options, setting.tuned)},
         )
         engines[name] = BareEngine(name, spec, folder / f"{name}.log")
