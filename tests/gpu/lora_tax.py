@@ -295,7 +295,9 @@ def _serve(options: argparse.Namespace, folder: Path, turns: Turns) -> None:
             start_http()
         _serve_turns(options, turns, bare, servers)
         if options.http and "http" not in servers:
-            servers.pop("gateway").close()
+            for server in servers.values():
+                server.close()
+            servers.clear()
             start_http()
             _serve_turns(options, turns, bare, servers)
     finally:
