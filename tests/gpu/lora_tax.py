@@ -282,10 +282,7 @@ def _serve(options: argparse.Namespace, folder: Path, turns: Turns) -> None:
 
     def start_http() -> None:
         flags = ["--max-loras", str(ADAPTERS), "--max-lora-rank", str(options.rank)]
-        plain = {name: value for name, value in spec.engine.items() if name not in LORA_FLAGS}
-        lora = {name: spec.engine[name] for name in LORA_FLAGS if name in spec.engine}
-        given = replace(spec, engine={**plain, **lora})
-        servers["http"] = MeasuredHttp("http", given, flags, folder / "http")
+        servers["http"] = MeasuredHttp("http", spec, flags, folder / "http")
 
     try:
         say(f"bare ready after {bare.wait_ready():.0f} s")
@@ -318,9 +315,6 @@ def _serve(options: argparse.Namespace, folder: Path, turns: Turns) -> None:
             ("gateway : HTTP, adapters", gateway, turns.median(f"http, adapters {at}"), 0),
         ):
             turns.ratio(f"{what} {at}", over, under, target if only else 0)
-
-
-LORA_FLAGS = ("specialize_active_lora",)
 
 
 def _serve_turns(
