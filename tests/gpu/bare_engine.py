@@ -128,7 +128,8 @@ async def _front_end(slot: ClientSlot, adapters: list[str], loads: bool, pipe: C
     slot.close()
     loras = [LoRARequest(f"a{n}", n, path) for n, path in enumerate(adapters, 1)]
     if loads:
-        await engine.engine_core.call_utility_async("gateway_adopt", os.getppid())
+        if "VLLM_PLUGINS" not in os.environ:  # else it is vLLM as it comes
+            await engine.engine_core.call_utility_async("gateway_adopt", os.getppid())
         for lora in loras:
             await engine.add_lora(lora)
     freeze_gc_heap()  # as `vllm serve` does
@@ -140,7 +141,7 @@ async def _front_end(slot: ClientSlot, adapters: list[str], loads: bool, pipe: C
                 pipe.send(await _answer(engine, loras, question))
             except Exception as error:
                 pipe.send(f"{type(error).__name__}: {error}")
-    engine.shutdown(timeout=0)
+    os._exit(0)  # the core goes with its parent, and has nothing to be told
 
 
 async def _answer(engine: AsyncLLM, loras: list[Any], question: dict[str, Any]) -> Any:

@@ -22,6 +22,7 @@ from pathlib import Path
 from engine.models import resolve_model
 from tests.gpu.lend import offer_plugin
 from tests.gpu.measured_engine import (
+    QUICK_SIZES,
     ROOT,
     BareEngine,
     EngineSpec,
@@ -35,6 +36,8 @@ from tests.tiny_adapter import write_tiny_adapter
 TARGET = 0.9
 CHUNK = 8
 """Tokens per message of those who do not want each by itself."""
+WITHOUT = " without our plugin"
+FLAGS = ("--max-num-seqs", "512")
 EDGE_S = 150.0
 
 
@@ -64,6 +67,12 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--cpu", action="store_true", help="a try: a few requests, on the CPU")
     parser.add_argument("--workers", default="1,2,4", help="one gateway for each")
     parser.add_argument("--front-ends", default="1,2,4", help="of bare AsyncLLM, on one core")
+    parser.add_argument(
+        "--stock",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="one more bare engine, without what the gateway adds to vLLM's core",
+    )
     parser.add_argument("--in-flight", type=int, default=512)
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--waves", type=int, default=2)
@@ -81,27 +90,38 @@ def _measure(
     options: argparse.Namespace, folder: Path, model: Path, adapter: Path, turns: Turns
 ) -> None:
     # Without this, starts at the same time would disturb each other's memory profiles.
-    memory = {} if options.cpu else {"kv_cache_memory_bytes": 3 * 1024**3}
-    shares = {} if options.cpu else {"gpu_memory_utilization": 0.1}
+    on_gpu = {
+        "kv_cache_memory_bytes": 3 * 1024**3,
+        "gpu_memory_utilization": 0.1,
+        "compilation_config": {"cudagraph_capture_sizes": [*QUICK_SIZES]},
+    }
     dtype = "float32" if options.cpu else "bfloat16"
     spec = EngineSpec(
         model,
         dtype,
         [adapter],
-        {"max_num_seqs": 512, **memory, **shares},
+        {"max_num_seqs": 512, **({} if options.cpu else on_gpu)},
         front_ends=max(options.front_ends, default=1),
     )
     bare = BareEngine("bare", spec, folder / "bare.log")
+    stock: BareEngine | None = None
     gateways: dict[int, MeasuredGateway] = {}
     try:
         # Alone, because it compiles what the others then find in the cache.
         say(f"bare engine ready after {bare.wait_ready():.0f} s")
+        if options.stock:
+            plain = replace(spec, environment={"VLLM_PLUGINS": ""})
+            stock = BareEngine("bare without our plugin", plain, folder / "stock.log")
+            if options.cpu:
+                stock.wait_ready()
         for count in options.workers:
             gateways[count] = MeasuredGateway(
-                f"gateway, {count} workers", spec, count, [], folder / f"gateway-{count}"
+                f"gateway, {count} workers", spec, count, FLAGS, folder / f"gateway-{count}"
             )
             if options.cpu:
                 gateways[count].wait_ready()
+        if stock is not None and not options.cpu:
+            stock.wait_ready()
         for count, gateway in list(gateways.items()):
             try:
                 say(f"{gateway.name} ready after {gateway.wait_ready():.0f} s")
@@ -109,20 +129,26 @@ def _measure(
                 say(f"FAILED {error}")
                 gateways.pop(count).close()
         load = Load(options.in_flight, 1, tuple(range(100, 132)), min(32, options.tokens), 1)
-        cells = _cells(options, replace(load, adapters=0), bare, gateways)
+        cells = _cells(options, load, bare, stock, gateways)
         Turns(time.monotonic() + 60).run(cells, 1)  # warms up
         say("warm; now in turns")
         load = replace(load, tokens=options.tokens, waves=options.waves)
-        turns.run(_cells(options, load, bare, gateways), options.rounds)
+        turns.run(_cells(options, load, bare, stock, gateways), options.rounds)
         _processor_time(options, load, gateways)
     finally:
         bare.close()
+        if stock is not None:
+            stock.close()
         for gateway in gateways.values():
             gateway.close()
 
 
 def _cells(
-    options: argparse.Namespace, load: Load, bare: BareEngine, gateways: dict[int, MeasuredGateway]
+    options: argparse.Namespace,
+    load: Load,
+    bare: BareEngine,
+    stock: BareEngine | None,
+    gateways: dict[int, MeasuredGateway],
 ) -> dict[str, Callable[[], float]]:
     """All that is measured, by name."""
     streams = replace(load, adapters=0)
@@ -139,6 +165,9 @@ def _cells(
             cells[f"{what}, bare {count}"] = lambda each=each, count=count: (  # type: ignore[misc]
                 bare.round(each, count)
             )
+    most = max(options.front_ends)
+    if stock is not None:
+        cells[f"streaming, bare {most}{WITHOUT}"] = lambda: stock.round(streams, most)
     for count, gateway in gateways.items():
         for what, each in {
             "streaming": streams,
@@ -176,20 +205,20 @@ def _processor_time(
 def _report(options: argparse.Namespace, turns: Turns) -> None:
     say("medians")
     turns.table()
-    for what in ("streaming", "unary", "adapter streaming"):
-        ceiling = turns.best(*(f"{what}, bare {count}" for count in options.front_ends))
+    bare = {
+        what: turns.best(*(name for name in turns.figures if name.startswith(f"{what}, bare ")))
+        for what in ("streaming", "unary", "adapter streaming")
+    }
+    """The best that anybody got from a core, our plugin in it or not."""
+    for what, ceiling in {**bare, f"streaming by {CHUNK}": bare["streaming"]}.items():
         for count in options.workers:
             over = turns.median(f"{what}, gateway {count}")
             turns.ratio(f"{what}, gateway with {count} workers : best bare", over, ceiling)
-        best = turns.best(*(f"{what}, gateway {count}" for count in options.workers))
-        target = TARGET if what == "streaming" else 0
-        turns.ratio(f"{what}, best gateway : best bare", best, ceiling, target)
-    ceiling = turns.best(*(f"streaming, bare {count}" for count in options.front_ends))
-    for count in options.workers:
-        over = turns.median(f"streaming by {CHUNK}, gateway {count}")
-        turns.ratio(
-            f"streaming by {CHUNK}, gateway with {count} workers : best bare", over, ceiling
-        )
+    most = f"streaming, bare {max(options.front_ends)}"
+    without = turns.median(f"{most}{WITHOUT}")
+    turns.ratio(f"{most}, without our plugin : with it", without, turns.median(most))
+    best = turns.best(*(f"streaming, gateway {count}" for count in options.workers))
+    turns.ratio("streaming, best gateway : best bare", best, bare["streaming"], TARGET)
 
 
 if __name__ == "__main__":

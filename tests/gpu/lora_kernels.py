@@ -94,21 +94,17 @@ def main() -> None:
 
 
 def candidates(op: str, rank: int) -> Iterator[Config]:
-    """Configurations worth a try, vLLM's own defaults first."""
+    """Configurations worth a try beside the default."""
     own = {"num_ctas": 1, "max_nreg": None}
     if op == "shrink":
-        yield shrink(32, 16, 32, 8, 4, 2)
-        yield shrink(32, 16, 256, 64, 4, 2)
         for block_m, block_k, split_k, (warps, stages) in product(
-            (16, 32, 64), (64, 128, 256), (2, 4, 8, 16, 32), ((4, 3), (2, 4))
+            (16, 32, 64), (64, 128, 256), (1, 2, 4, 8, 16, 32), ((4, 3), (2, 4))
         ):
             if block_m * block_k <= 64 * 128:
-                yield shrink(block_m, min(rank, 32), block_k, split_k, warps, stages)
+                yield shrink(block_m, max(16, min(rank, 32)), block_k, split_k, warps, stages)
         return
-    for block_m, block_n, warps, stages in (
-        (64, 64, 4, 2),
-        (64, 128, 4, 2),
-        *product((16, 32, 64, 128), (64, 128, 256), (4, 8), (2, 3)),
+    for block_m, block_n, warps, stages in product(
+        (16, 32, 64, 128), (64, 128, 256), (4, 8), (2, 3)
     ):
         if block_m * block_n <= 128 * 128:
             sizes = {"block_m": block_m, "block_n": block_n, "block_k": max(16, min(rank, 32))}

