@@ -13,6 +13,11 @@ from pathlib import Path
 _SIBLINGS = "/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
 
 
+def usable() -> int:
+    """How many this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
 def shares(shards: int) -> list[tuple[int, ...]]:
     """The processors of each shard, of those that this process may use.
 

@@ -7,7 +7,9 @@ AUTO, NO_DEVICE = "auto", "none"
 
 
 def checked(value: list[str]) -> list[str]:
-    """The same. Raises ValueError for what cannot be meant."""
+    """The same; none at all are as good as auto. Raises ValueError for what cannot be meant."""
+    if not value:
+        return [AUTO]
     if len(value) == 1 and value[0] in (AUTO, NO_DEVICE):
         return value
     for device in value:

@@ -139,7 +139,7 @@ class Host:
 
         # Workers import while adapters are checked and the core loads: all take seconds.
         self._fleet = fleet = WorkerFleet(
-            settings.workers,
+            settings.worker_count,
             lambda: self._orders(port.address, prints),
             lambda worker: self._after_death(worker, endpoint),
             lambda message: control.hear(message),

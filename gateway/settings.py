@@ -24,6 +24,7 @@ from engine.sampling import MAX_N
 from gateway.address import Address, is_loopback
 from gateway.device_names import AUTO, NO_DEVICE, checked
 from gateway.tls_files import check_tls
+from gateway.worker_count import MAX_WORKERS, default_workers
 from store.records import NAME
 from store.sources import AllowedSources
 
@@ -87,7 +88,9 @@ class Settings(BaseSettings):
     devices_per_shard: int = Field(
         1, ge=1, le=64, description="GPUs of one engine (tensor parallel); 1 on a CPU."
     )
-    workers: int = Field(1, ge=1, le=32, description="Processes that serve the public address.")
+    workers: int | None = Field(
+        None, ge=1, le=MAX_WORKERS, description="Serving processes. Default: by shards, processors."
+    )
     max_model_len: int = Field(2048, ge=16, description="Context in tokens, prompt and answer.")
     max_num_seqs: int = Field(256, ge=1, le=4096, description="Completions run at once.")
     gpu_memory_utilization: float = Field(
@@ -178,12 +181,12 @@ class Settings(BaseSettings):
             adapters[name] = path
         return adapters
 
-    @field_validator("training_devices", mode="before")
+    @field_validator("training_devices", "adapter_source_allow", mode="before")
     @classmethod
-    def _parse_devices(cls, value: object) -> object:
+    def _parse_list(cls, value: object) -> object:
         """A list from flags, comma-separated from the environment."""
         entries = value if isinstance(value, list) else [value]
-        return [part for entry in entries for part in str(entry).split(",") if part] or [AUTO]
+        return [part for entry in entries for part in str(entry).split(",") if part]
 
     @field_validator("training_price")
     @classmethod
@@ -191,13 +194,6 @@ class Settings(BaseSettings):
         if value is not None and not PRICE.fullmatch(value):
             raise ValueError(f"{value!r} is no amount with a currency, for example '2.50 EUR'")
         return value
-
-    @field_validator("adapter_source_allow", mode="before")
-    @classmethod
-    def _parse_sources(cls, value: object) -> object:
-        """A list from flags, comma-separated from the environment."""
-        entries = value if isinstance(value, list) else [value]
-        return [part for entry in entries for part in str(entry).split(",") if part]
 
     @field_validator("adapter_source_allow")
     @classmethod
@@ -250,6 +246,11 @@ class Settings(BaseSettings):
     def shard_names(self) -> list[str]:
         """Of all shards. Adapters are placed by them, so they stay the same from start to start."""
         return [f"shard-{number}" for number in range(self.shards)]
+
+    @property
+    def worker_count(self) -> int:
+        """Processes that serve the public address: as told, else by shards and processors."""
+        return self.workers or default_workers(self.shards, len(self.gpus(0)), processors.usable())
 
     def gpus(self, shard: int) -> list[str]:
         """The GPUs of a shard, by its number: of those that this process may see, in their order;

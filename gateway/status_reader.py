@@ -61,7 +61,7 @@ class StatusReader:
             model=for_people(self._settings.model),
             version=self._version,
             start_time_s=self._start_time_s,
-            workers_wanted=self._settings.workers,
+            workers_wanted=self._settings.worker_count,
             workers={state.value: number for state, number in numbers.items() if number},
             tokens_per_s=[] if sights is None else sights.throughput.per_s(),
             interval_s=INTERVAL_S,

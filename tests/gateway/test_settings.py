@@ -53,7 +53,7 @@ def test_without_flags_and_environment_there_are_the_documented_defaults() -> No
     assert (settings.default_max_tokens, settings.default_temperature) == (512, 0.7)
     assert settings.default_unary_deadline_s == 30
     assert settings.default_stream_deadline_s == 300
-    assert (settings.workers, settings.shards, settings.devices_per_shard) == (1, 1, 1)
+    assert (settings.workers, settings.shards, settings.devices_per_shard) == (None, 1, 1)
     assert not settings.insecure
 
 

@@ -10,6 +10,7 @@ from engine import processors
 from gateway import settings as settings_module
 from gateway.lending_terms import Terms, lender_of
 from gateway.settings import Settings, SettingsError
+from gateway.worker_count import default_workers
 
 BINDING, GPUS = "VLLM_CPU_OMP_THREADS_BIND", "CUDA_VISIBLE_DEVICES"
 
@@ -40,6 +41,18 @@ def test_each_shard_has_gpus_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None
     with settings.environment_of(1):
         assert os.environ[GPUS] == "GPU-5,4"
     assert os.environ[GPUS] == "7, 6,GPU-5,4,3,2"
+
+
+def test_workers_are_as_many_as_told_or_as_the_shards_are_worth(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv(GPUS, raising=False)
+    monkeypatch.setattr(processors, "usable", lambda: 16)
+    assert Settings(shards=1).worker_count == 1
+    has_gpus(monkeypatch)
+    assert Settings(shards=2).worker_count == default_workers(2, 1, 16) == 4
+    assert Settings(shards=2, devices_per_shard=4).worker_count == default_workers(2, 4, 16)
+    assert Settings(shards=2, workers=1).worker_count == 1
 
 
 @pytest.mark.parametrize(("visible", "named"), [("", 0), ("3", 1), ("3,4", 2)])
