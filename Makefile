@@ -207,10 +207,19 @@ bench: $(DEV_READY) ## Measure the gateway against the bare engine; many adapter
 	@$(BIN)/python -m tests.bench.training
 	@$(BIN)/python -m tests.bench.slots
 	@$(MAKE) bench-ring
+	@$(MAKE) bench-edge ARGS=
 
 .PHONY: bench-ring
 bench-ring: $(DEV_READY) ## Measure how adapters and their load are spread over shards
 	@$(BIN)/python -m tests.bench.ring
+
+.PHONY: bench-edge
+bench-edge: $(DEV_READY) ## Measure the edge without an engine: workers on one port, memory of open streams
+	@$(BIN)/python -m tests.bench.edge $(ARGS)
+
+.PHONY: profile
+profile: $(DEV_READY) ## Draw flame graphs of a worker under load into build/profile; ARGS="--seconds 20"
+	@$(BIN)/python -m tests.bench.profile $(ARGS)
 
 .PHONY: screenshot
 screenshot: $(DEV_READY) ## Take the pictures of the status page in docs/ again (needs Chromium)

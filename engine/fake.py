@@ -31,10 +31,45 @@ class Script:
 
     token_interval_s: float = 0.0
     """Pause before each token; 0 still yields to the event loop."""
+    step_interval_s: float | None = None
+    """In place of that, more than 0: all requests get a token at the same moments, this far apart,
+    as an engine's steps make them, whether they are read or not. Who reads late gets several at
+    once. One timer for all of them, so thousands cost no more than that."""
     dies_after_tokens: int | None = None
     """Each request ends with ShardUnavailable after this many tokens."""
     crash_part: CrashPart = CrashPart.NONE
     """What its requests have to do with that."""
+
+
+class _Steps:
+    """The moments at which all requests get a token, counted by the clock: an engine goes on while
+    the event loop is busy."""
+
+    def __init__(self, interval_s: float) -> None:
+        self._interval_s = interval_s
+        self._waiting: list[asyncio.Future[None]] = []
+
+    @property
+    def number(self) -> int:
+        """Of the newest one."""
+        return int(time.monotonic() / self._interval_s)
+
+    async def after(self, number: int) -> int:
+        """The newest one that comes after that; waits for it if there is none."""
+        while self.number <= number:
+            if not self._waiting:
+                until_s = (self.number + 1) * self._interval_s - time.monotonic()
+                asyncio.get_running_loop().call_later(until_s, self._step)
+            turn = asyncio.get_running_loop().create_future()
+            self._waiting.append(turn)
+            await turn
+        return self.number
+
+    def _step(self) -> None:
+        waiting, self._waiting = self._waiting, []
+        for turn in waiting:
+            if not turn.done():  # cancelled: its request was aborted
+                turn.set_result(None)
 
 
 class FakeShard:
@@ -43,10 +78,14 @@ class FakeShard:
     def __init__(self, name: str = "shard-0", script: Script | None = None) -> None:
         self._name = name
         self._script = script or Script()
+        interval_s = self._script.step_interval_s
+        self._steps = None if interval_s is None else _Steps(interval_s)
         self.running: set[str] = set()
         """Ids of the requests that are being generated."""
         self.aborted: list[str] = []
         """Ids of the requests that were left early, in order."""
+        self.outputs = 0
+        """That were read, of all requests."""
 
     @property
     def name(self) -> str:
@@ -75,22 +114,36 @@ class FakeShard:
         count = int(request.sampling.get("max_tokens", 16))
         self.running.add(request.request_id)
         scheduled_s = time.monotonic()
+        begin = 0 if self._steps is None else self._steps.number
         finished = False
         try:
             gathered: list[int] = []
-            for token_id in range(count):
-                await asyncio.sleep(self._script.token_interval_s)
-                if token_id == self._script.dies_after_tokens:
-                    raise ShardUnavailable(self._name, self._script.crash_part)
-                gathered.append(token_id)
-                finished = token_id == count - 1
+            made = 0
+            while made < count:
+                ready = min(count, await self._made(made, begin))
+                if (last := self._script.dies_after_tokens) is not None and ready > last:
+                    if made == last:
+                        raise ShardUnavailable(self._name, self._script.crash_part)
+                    ready = last
+                gathered.extend(range(made, ready))
+                made = ready
+                finished = made == count
                 if request.stream or finished:
+                    self.outputs += 1
                     yield self._output(gathered, finished, len(prompt.token_ids), scheduled_s)
                     gathered = []
         finally:
             self.running.discard(request.request_id)
             if not finished:
                 self.aborted.append(request.request_id)
+
+    async def _made(self, before: int, begin: int) -> int:
+        """Tokens of a request, once there are more than `before`; its first step came after
+        `begin`."""
+        if self._steps is not None:
+            return await self._steps.after(begin + before) - begin
+        await asyncio.sleep(self._script.token_interval_s)
+        return before + 1
 
     def _output(
         self, token_ids: list[int], finished: bool, prompt_tokens: int, scheduled_s: float

@@ -129,6 +129,59 @@ async def test_tokens_come_at_the_interval_of_the_script() -> None:
     assert loop.time() - start_s >= 5 * 0.02 - 0.005
 
 
+async def test_steps_come_at_their_interval_to_all_requests_at_once() -> None:
+    loop = asyncio.get_running_loop()
+    shard = FakeShard(script=Script(step_interval_s=0.02))
+    for _ in range(2):
+        start_s = loop.time()
+        answers = await asyncio.gather(
+            *(outputs_of(shard, request(max_tokens=5)) for _ in range(8))
+        )
+        assert loop.time() - start_s >= 4 * 0.02 - 0.005
+        for outputs in answers:
+            assert [token for ids in token_ids(outputs) for token in ids] == [0, 1, 2, 3, 4]
+    assert shard.outputs >= 16
+
+
+async def test_steps_go_on_while_nobody_reads() -> None:
+    shard = FakeShard(script=Script(step_interval_s=0.01))
+    prompt = await shard.render("one")
+    generating = shard.generate(request(max_tokens=1000), prompt, None)
+    async with contextlib.aclosing(generating) as outputs:
+        first = await anext(outputs)
+        await asyncio.sleep(0.05)
+        second = await anext(outputs)
+    (early,), (late,) = token_ids([first]), token_ids([second])
+    assert early[0] == 0 and len(late) >= 4
+    assert late == list(range(len(early), len(early) + len(late)))
+    assert second.deltas[0].text == "".join(f"{token} " for token in late)
+
+
+async def test_a_shard_of_steps_dies_after_that_many_tokens_too() -> None:
+    shard = FakeShard("shard-7", Script(step_interval_s=0.001, dies_after_tokens=2))
+    prompt = await shard.render("one")
+    seen: list[Output] = []
+    with pytest.raises(ShardUnavailable):
+        async for output in shard.generate(request(max_tokens=10), prompt, None):
+            seen.append(output)
+            await asyncio.sleep(0.02)
+    assert [token for ids in token_ids(seen) for token in ids] == [0, 1]
+
+
+async def test_a_request_that_leaves_takes_nobody_elses_step() -> None:
+    shard = FakeShard(script=Script(step_interval_s=0.01))
+    leaving = asyncio.create_task(outputs_of(shard, request(max_tokens=1000)))
+    staying = asyncio.create_task(outputs_of(shard, request(max_tokens=5)))
+    async with asyncio.timeout(SOON_S):
+        await asyncio.sleep(0)
+        leaving.cancel()
+        assert (await staying)[-1].finished
+        with pytest.raises(asyncio.CancelledError):
+            await leaving
+    assert not shard.running
+    assert shard.aborted == ["the-id"]
+
+
 async def test_without_an_interval_others_still_get_their_turn() -> None:
     turns = 0
 
