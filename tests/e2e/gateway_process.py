@@ -54,6 +54,14 @@ class GatewayProcess:
         line = self.wait_log(r"SERVING on (\S+): .*metrics (\S+)", START_TIMEOUT_S)
         self.address, self.metrics_url = line.group(1), line.group(2)
 
+    def wait_standby(self) -> None:
+        """Wait until the spare worker has finished its imports, which take a processor for
+        seconds."""
+        deadline_s = time.monotonic() + START_TIMEOUT_S
+        while sum(self.metrics("gateway_workers", state="standby")) < 1:
+            assert time.monotonic() < deadline_s, "no standby worker"
+            time.sleep(0.5)
+
     def wait_log(self, pattern: str, timeout_s: float, *, count: int = 1) -> re.Match[str]:
         """Wait until the log has `count` matches; returns the last."""
         deadline_s = time.monotonic() + timeout_s
