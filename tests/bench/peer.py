@@ -37,6 +37,8 @@ START_TIMEOUT_S = 240.0
 COUNTED_TIMEOUT_S = 10.0
 """Until a server has counted a call that it has answered."""
 STOP_TIMEOUT_S = 30.0
+MOST_TOLD = 300
+"""Characters of what a server says when it does not load an adapter."""
 
 
 class PeerFailed(Exception):
@@ -133,7 +135,7 @@ class PeerSide:
             with urllib.request.urlopen(request, timeout=START_TIMEOUT_S):
                 return ""
         except HTTPError as refusal:
-            return " ".join(refusal.read().decode().split())
+            return " ".join(refusal.read().decode().split())[:MOST_TOLD]
 
     def _check(self, workload: Workload, before: PeerTally, requests: int | None = None) -> None:
         """Raises CallsFailed unless it counts all requests, whole, in a while."""
