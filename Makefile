@@ -197,8 +197,17 @@ serve: $(READY) ## Run the gateway; ARGS="..." are its flags
 demo: $(READY) ## The whole story in minutes: serve, train, canary, evaluate, promote
 	@exec $(BIN)/python examples/demo.py $(ARGS)
 
+# vLLM's Rust front end is in the wheel for GPUs alone: beside the CPU engine that wheel has a place
+# of its own.
+PEERS_READY := $(if $(filter cpu,$(BUILD)),.venv-bench/.ready)
+.venv-bench/.ready: requirements/bench.txt | .venv/.uv
+	@echo 'setup: .venv-bench with $<, which downloads about 500 MB'
+	@$(UV_QUIET) venv --clear --python $(BIN)/python .venv-bench
+	@$(UV_QUIET) pip sync --python .venv-bench/bin/python $<
+	@touch $@
+
 .PHONY: bench
-bench: $(DEV_READY) ## Measure the gateway against the bare engine; many adapters; imports; training; turns; shards
+bench: $(DEV_READY) $(PEERS_READY) ## Measure against the bare engine and vLLM's servers; adapters; imports; training; turns; shards
 	@$(BIN)/python -m tests.bench $(ARGS)
 	@$(BIN)/python -m tests.bench.adapters
 	@$(BIN)/python -m tests.bench.labels

@@ -2,8 +2,8 @@
 
     python -m tests.bench.bare STATE_DIR ADAPTER_DIR SETTING...
 
-Makes the model and the adapter first, for the gateway too. The settings are flags of
-`gateway serve`.
+Makes the model and the adapter first, for the other sides too. The settings are flags of
+`gateway serve`. Requests go through `generate`, or through what it is made of.
 """
 
 from __future__ import annotations
@@ -19,13 +19,40 @@ from typing import TYPE_CHECKING, Any
 
 from gateway.run_dir import run_dir
 from gateway.settings import Settings, prepare_environment
-from tests.bench.side import serve_side, take_stdout
-from tests.bench.workload import ADAPTER, Stream, Workload
+from tests.bench.front_end import Kind, check_tokens
+from tests.bench.side import Side, serve_side, take_stdout
+from tests.bench.workload import ADAPTER, Open, Round, Stream, Workload
 
 if TYPE_CHECKING:
     from engine.core import EngineOptions
 
 ADAPTER_RANK = 8
+
+
+class BareSide:
+    """One way into the bare engine; the process is another's."""
+
+    def __init__(self, side: Side, kind: Kind) -> None:
+        self._side = side
+        self.kind = kind
+
+    def serves(self, adapter: str) -> bool:
+        """All."""
+        return True
+
+    def round(self, workload: Workload) -> Round:
+        """Run the workload for throughput. Raises CallsFailed."""
+        measured = self._side.round(workload, self.kind)
+        check_tokens(workload, measured.tokens)
+        return measured
+
+    def first_tokens(self, workload: Workload) -> list[float]:
+        """Run the workload one request at a time; seconds to each first token."""
+        return self._side.first_tokens(workload, self.kind)
+
+    def text(self, workload: Workload) -> str:
+        """The answer to one request of the workload."""
+        return self._side.text(workload, self.kind)
 
 
 def main() -> None:
@@ -69,6 +96,7 @@ async def _run(options: EngineOptions, adapter_dir: str, answer: Callable[[Any],
     from engine.rendering import PromptRenderer
     from engine.stats import shard_stat_logger
 
+    DELTA, FINAL_ONLY = RequestOutputKind.DELTA, RequestOutputKind.FINAL_ONLY
     config = options.build_config()
     engine = AsyncLLM.from_vllm_config(
         config,
@@ -82,28 +110,46 @@ async def _run(options: EngineOptions, adapter_dir: str, answer: Callable[[Any],
     await engine.add_lora(lora)
     freeze_gc_heap()  # as `vllm serve` does
 
-    async def stream(workload: Workload) -> Stream:
+    async def generate(workload: Workload) -> Stream:
+        outputs = engine.generate(*await request_of(workload), **lora_of(workload))
+        async with contextlib.aclosing(outputs):
+            async for output in outputs:
+                yield _piece(output)
+
+    async def add_request(workload: Workload) -> Stream:
+        prompt, params, request_id = await request_of(workload)
+        collector = await engine.add_request(request_id, prompt, params, **lora_of(workload))
+        finished = False
+        while not finished:
+            output = collector.get_nowait() or await collector.get()
+            finished = output.finished
+            yield _piece(output)
+
+    async def request_of(workload: Workload) -> tuple[Any, SamplingParams, str]:
         params = SamplingParams(
             max_tokens=workload.tokens,
             temperature=0.0,
             ignore_eos=True,
-            output_kind=RequestOutputKind.DELTA,
+            output_kind=DELTA if workload.streaming else FINAL_ONLY,
         )
-        prompt = await renderer.render(workload.prompt)
-        outputs = engine.generate(
-            prompt.engine_input,
-            params,
-            request_id=uuid.uuid4().hex,
-            lora_request=lora if workload.adapter else None,
-        )
-        async with contextlib.aclosing(outputs):
-            async for output in outputs:
-                yield len(output.outputs[0].token_ids)
+        rendered = await renderer.render(workload.prompt)
+        return rendered.engine_input, params, uuid.uuid4().hex
 
+    def lora_of(workload: Workload) -> dict[str, Any]:
+        return {"lora_request": lora if workload.adapter else None}
+
+    ways: dict[str, Open] = {Kind.GENERATE: generate, Kind.ADD_REQUEST: add_request}
     try:
-        await serve_side(stream, answer)
+        # What the host's settings leave to vLLM, which chooses by who asks it.
+        told = {"max_num_batched_tokens": config.scheduler_config.max_num_batched_tokens}
+        await serve_side(ways, answer, told)
     finally:
         engine.shutdown()
+
+
+def _piece(output: Any) -> tuple[int, str]:
+    (completion,) = output.outputs
+    return len(completion.token_ids), completion.text
 
 
 if __name__ == "__main__":  # vLLM's processes import this file again

@@ -10,7 +10,7 @@ import uvloop
 
 from lora_gateway.v1 import inference_pb2 as pb
 from lora_gateway.v1.inference_pb2_grpc import InferenceStub
-from tests.bench.side import serve_side, take_stdout
+from tests.bench.side import ONLY_WAY, serve_side, take_stdout
 from tests.bench.workload import Stream, Workload
 
 if TYPE_CHECKING:
@@ -35,17 +35,22 @@ async def _run(address: str) -> None:
         stub: InferenceAsyncStub = InferenceStub(channel)
 
         async def stream(workload: Workload) -> Stream:
+            request = request_of(workload)
+            if not workload.streaming:
+                response = await stub.Generate(request)
+                yield response.usage.completion_tokens, response.completions[0].text
+                return
             # How many tokens a delta holds is not told, only the sum at the end: so one for
             # the first delta, and the rest at the finish.
             counted = 0
-            async for event in stub.GenerateStream(request_of(workload)):
-                if not counted and event.HasField("delta"):
-                    counted = 1
-                    yield counted
+            async for event in stub.GenerateStream(request):
+                if event.HasField("delta"):
+                    counted, before = 1, counted
+                    yield counted - before, event.delta.text
                 elif event.HasField("finished"):
-                    yield event.finished.usage.completion_tokens - counted
+                    yield event.finished.usage.completion_tokens - counted, ""
 
-        await serve_side(stream, take_stdout())
+        await serve_side({ONLY_WAY: stream}, take_stdout())
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
-"""The load on the gateway from h2load, which costs the machine far less than a Python client.
+"""The load from h2load, which costs the machine far less than a Python client.
 
-It speaks HTTP/2, and gRPC is that with a body of length-prefixed messages. It does not look
-at the answers; the gateway's own metrics say whether all calls were good (`served.py`).
+It speaks HTTP/1.1 and HTTP/2, and gRPC is the latter with a body of length-prefixed messages. It
+does not look at the answers; the servers' own metrics say whether all calls were good
+(`served.py`, `peer.py`).
 """
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import struct
@@ -15,6 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from tests.bench.client import request_of
+from tests.bench.http_client import COMPLETIONS, completion_of
 from tests.bench.workload import Round, Workload
 
 STREAMING = "/lora_gateway.v1.Inference/GenerateStream"
@@ -49,6 +52,27 @@ def run_h2load(
         command = _command(address, workload, path, body.name, connections, threads)
         command += [f"--requests={workload.requests}"]
         printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return round_of(printed, workload)
+
+
+def run_h2load_http(address: str, workload: Workload) -> Round:
+    """Run the workload for throughput on one of vLLM's HTTP servers, whose clients have a
+    connection for each request in flight: HTTP/1.1 knows no other way. Raises LoadFailed."""
+    with tempfile.NamedTemporaryFile("w") as body:
+        json.dump(completion_of(workload), body)
+        body.flush()
+        command = [
+            *("h2load", "--h1", f"--clients={workload.in_flight}", "--threads=1"),
+            *(f"--requests={workload.requests}", f"--data={body.name}"),
+            *("--header=content-type: application/json", f"http://{address}{COMPLETIONS}"),
+        ]
+        printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return round_of(printed, workload)
+
+
+def round_of(printed: str, workload: Workload) -> Round:
+    """What h2load prints at its end. Raises LoadFailed unless all requests were answered with
+    200."""
     good = re.search(r"status codes: (\d+) 2xx", printed)
     # The rate has more digits than the time.
     rate = re.search(r"finished in \S+, ([\d.]+) req/s", printed)

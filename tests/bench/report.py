@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from statistics import median
 from typing import Any
 
-from tests.bench.comparison import FirstTokenComparison, ThroughputComparison
-from tests.bench.h2load import PACKAGE
+from tests.bench.comparison import FirstTokens, Throughput
+from tests.bench.front_end import Kind
 from tests.bench.machine import Machine
-
-MIN_RATIO = 0.80
-"""Target: tokens per second through the gateway, over those of the bare engine."""
-MAX_ADDED_S = 0.002
-"""Target: what the gateway adds to the time to first token."""
+from tests.bench.verdict import verdicts
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,73 +20,110 @@ class Report:
     machine: Machine
     model: str
     dtype: str
-    load: str
-    """Where the load on the gateway came from."""
-    throughputs: Sequence[ThroughputComparison]
-    first_tokens: Sequence[FirstTokenComparison]
+    workers: int
+    """Of the gateway."""
+    connections: int
+    """To the gateway, for throughput."""
+    throughputs: Sequence[Throughput]
+    first_tokens: Sequence[FirstTokens]
+    absent: Mapping[Kind, str]
+    """Sides that are not in it or only in part, and why."""
 
     def text(self) -> str:
         """The tables, and how they were taken."""
         one, alone = self.throughputs[0], self.first_tokens[0]
-        lines = [
-            str(self.machine),
-            f"model {self.model} in {self.dtype}; load on the gateway from {self.load}",
-            "",
-            f"Streaming, {one.workload.in_flight} in flight, {one.workload.tokens} tokens each: "
-            f"tokens per second, median of {len(one.pairs)} pairs of rounds "
-            f"of {one.workload.requests} streams",
-            _row("", "bare", "gateway", "ratio (min to max)", f"target >= {MIN_RATIO:.2f}"),
-            *(_throughput_row(comparison) for comparison in self.throughputs),
-            "",
-            f"Time to first token, one at a time: median of "
-            f"{len(alone.pairs) * alone.workload.requests} requests, in {len(alone.pairs)} pairs "
-            "of blocks",
-            _row("", "bare", "gateway", "added (min to max)", f"target <= {_ms(MAX_ADDED_S)}"),
-            *(_first_token_row(comparison) for comparison in self.first_tokens),
-            "",
-            "Both sides run the same engine options, are up at once and are measured in turns.",
-            "bare: AsyncLLM.generate in one process, no network. min to max: over the pairs.",
-        ]
-        if not self.load.startswith("h2load"):
-            lines.append(
-                f"h2load is not installed (Debian: {PACKAGE}): the Python client takes much of "
-                "the machine from the gateway."
-            )
-        return "\n".join(lines)
+        rounds = len(one.requests_per_s[Kind.GATEWAY])
+        blocks = alone.blocks_s[Kind.GATEWAY]
+        return "\n".join(
+            [
+                str(self.machine),
+                f"model {self.model} in {self.dtype}; the gateway has {self.workers} worker(s)",
+                "",
+                f"Requests per second, {len(one.workload.prompt)} prompt tokens and "
+                f"{one.workload.tokens} generated: median of {rounds} rounds in turns (min to "
+                "max), then the gateway's median over it",
+                *self._throughput_lines(),
+                "",
+                f"Time to first token, one in flight: median of {sum(map(len, blocks))} requests "
+                f"in {len(blocks)} turns, then what the gateway adds to it",
+                *self._first_token_lines(),
+                "",
+                "Targets: medians (min to max of the turns)",
+                *(
+                    f"  {row.what:<84}{row.found:<32}{row.target:<12}{row.verdict}".rstrip()
+                    for row in verdicts(self.throughputs, self.first_tokens)
+                ),
+                "",
+                "All sides run the same engine options, are up at once and are measured in turns.",
+                "Load: h2load, one thread; on HTTP a connection for each in flight, on the gateway "
+                f"{self.connections} in all; AsyncLLM is called in its own process.",
+                "Every call ended well with all its tokens, as each server counts them.",
+                self._answers(),
+                *(f"{kind}: {why}" for kind, why in self.absent.items()),
+            ]
+        )
 
     def raw(self) -> dict[str, Any]:
         """All figures, for other programs."""
-        return asdict(self)
+        rows = verdicts(self.throughputs, self.first_tokens)
+        medians = [
+            {
+                "streaming": measured.workload.streaming,
+                "adapter": measured.workload.adapter,
+                "in_flight": measured.workload.in_flight,
+                "requests_per_s": {kind: measured.median(kind) for kind in measured.requests_per_s},
+            }
+            for measured in self.throughputs
+        ]
+        return {**asdict(self), "medians": medians, "targets": [asdict(row) for row in rows]}
+
+    def _answers(self) -> str:
+        unlike = Counter(kind for measured in self.throughputs for kind in measured.unlike)
+        if not unlike:
+            return "The answers to one request of each case were the same on all sides."
+        cases = ", ".join(f"{kind} in {count}" for kind, count in unlike.items())
+        return (
+            f"The answers to one request of each of the {len(self.throughputs)} cases were the "
+            f"same on all sides, but for {cases}."
+        )
+
+    def _throughput_lines(self) -> Iterator[str]:
+        groups: dict[tuple[bool, str], list[Throughput]] = {}
+        for measured in self.throughputs:
+            key = measured.workload.streaming, measured.workload.adapter
+            groups.setdefault(key, []).append(measured)
+        for (streaming, adapter), columns in groups.items():
+            head = f"{'streaming' if streaming else 'unary'}, {'one' if adapter else 'no'} adapter"
+            yield _row(head, *(f"{column.workload.in_flight} in flight" for column in columns))
+            for kind in Kind:
+                if all(kind in column.requests_per_s for column in columns):
+                    yield _row(f"  {kind}", *(_rate(column, kind) for column in columns))
+
+    def _first_token_lines(self) -> Iterator[str]:
+        yield _row("", *(timed.name for timed in self.first_tokens))
+        for kind in Kind:
+            if any(kind in timed.blocks_s for timed in self.first_tokens):
+                yield _row(f"  {kind}", *(_first_token(t, kind) for t in self.first_tokens))
 
 
-def _throughput_row(comparison: ThroughputComparison) -> str:
-    ratios = comparison.ratios
-    ratio = median(ratios)
-    return _row(
-        comparison.name,
-        f"{median(bare.tokens_per_s for bare, _ in comparison.pairs):,.0f}",
-        f"{median(served.tokens_per_s for _, served in comparison.pairs):,.0f}",
-        f"{ratio:.2f} ({min(ratios):.2f} to {max(ratios):.2f})",
-        "met" if ratio >= MIN_RATIO else f"missed by {MIN_RATIO - ratio:.2f}",
-    )
+def _rate(measured: Throughput, kind: Kind) -> str:
+    rates = measured.requests_per_s[kind]
+    text = f"{_number(measured.median(kind))} ({_number(min(rates))} to {_number(max(rates))})"
+    return text if kind == Kind.GATEWAY else f"{text} {measured.ratio(Kind.GATEWAY, kind):.2f}"
 
 
-def _first_token_row(comparison: FirstTokenComparison) -> str:
-    by_block = comparison.added_s
-    added_s = comparison.served_s - comparison.bare_s
-    return _row(
-        comparison.name,
-        _ms(comparison.bare_s),
-        _ms(comparison.served_s),
-        f"{_ms(added_s)} ({_ms(min(by_block))} to {_ms(max(by_block))})",
-        "met" if added_s <= MAX_ADDED_S else f"missed by {_ms(added_s - MAX_ADDED_S)}",
-    )
+def _first_token(timed: FirstTokens, kind: Kind) -> str:
+    if kind not in timed.blocks_s:
+        return "-"
+    text = f"{timed.median_s(kind) * 1000:.2f} ms"
+    if kind == Kind.GATEWAY:
+        return text
+    return f"{text} {timed.added_s(Kind.GATEWAY, kind) * 1000:+.2f}"
 
 
-def _row(*cells: str) -> str:
-    name, bare, served, compared, target = cells
-    return f"  {name:<24}{bare:>10}{served:>10}   {compared:<34}{target}".rstrip()
+def _number(rate: float) -> str:
+    return f"{rate:,.0f}" if rate >= 100 else f"{rate:.1f}"
 
 
-def _ms(seconds: float) -> str:
-    return f"{seconds * 1000:.2f} ms"
+def _row(name: str, *cells: str) -> str:
+    return f"  {name:<26}{''.join(f'{cell:<28}' for cell in cells)}".rstrip()

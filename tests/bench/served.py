@@ -7,25 +7,30 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from tests.bench.h2load import h2load_found, run_h2load
+from tests.bench.front_end import CallsFailed, Kind
+from tests.bench.h2load import STREAMING, UNARY, run_h2load
 from tests.bench.side import Side
 from tests.bench.workload import ADAPTER, Round, Workload
 from tests.e2e.gateway_process import GatewayProcess
 
 STANDBY_TIMEOUT_S = 120.0
-
-
-class CallsFailed(Exception):
-    """The gateway counted other calls or tokens than were asked for."""
+CONNECTIONS_OF_WORKERS = 16
+"""To several workers: the kernel gives each connection to one of them, by chance."""
 
 
 class ServedSide:
     """`gateway serve` with the adapter, and clients of it."""
 
-    def __init__(self, folder: Path, adapter: Path, flags: Sequence[str]) -> None:
+    kind = Kind.GATEWAY
+
+    def __init__(self, folder: Path, adapter: Path, flags: Sequence[str], workers: int) -> None:
         self._owned = ExitStack()
+        self.connections = CONNECTIONS_OF_WORKERS if workers > 1 else 1
+        """Of the load, at most."""
         self._gateway = GatewayProcess(
-            [*flags, "--adapter", f"{ADAPTER}={adapter}"], folder / "state", folder / "gateway.log"
+            [*flags, "--workers", f"{workers}", "--adapter", f"{ADAPTER}={adapter}"],
+            folder / "state",
+            folder / "gateway.log",
         )
         self._owned.callback(self._gateway.close)
         try:
@@ -38,17 +43,20 @@ class ServedSide:
         except BaseException:
             self._owned.close()
             raise
-        self._has_h2load = h2load_found()
-        self.load = "h2load, 1 connection" if self._has_h2load else "Python client, 1 connection"
-        """Where the load comes from."""
+
+    def serves(self, adapter: str) -> bool:
+        """All."""
+        return True
 
     def round(self, workload: Workload) -> Round:
         """Run the workload for throughput. Raises LoadFailed or CallsFailed."""
         before = self._tally()
-        if self._has_h2load:
-            measured = run_h2load(self._gateway.address, workload)
-        else:
-            measured = self._client.round(workload)
+        measured = run_h2load(
+            self._gateway.address,
+            workload,
+            STREAMING if workload.streaming else UNARY,
+            connections=min(self.connections, workload.in_flight),
+        )
         self._check(workload, before)
         return measured
 
@@ -58,6 +66,10 @@ class ServedSide:
         measured = self._client.first_tokens(workload)
         self._check(workload, before)
         return measured
+
+    def text(self, workload: Workload) -> str:
+        """The answer to one request of the workload."""
+        return self._client.text(workload)
 
     def close(self) -> None:
         """End clients and gateway."""

@@ -1,6 +1,7 @@
 """One side of the comparison as a process of its own, asked by JSON lines over pipes.
 
-The process runs `serve_side` with a way to open one request; its owner holds a `Side`.
+The process runs `serve_side` with the ways that it has to open a request; its owner holds a
+`Side`.
 """
 
 from __future__ import annotations
@@ -10,12 +11,22 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from tests.bench.workload import Round, Stream, Workload, run_first_tokens, run_round
+from tests.bench.workload import (
+    Open,
+    Round,
+    Workload,
+    run_first_tokens,
+    run_round,
+    run_text,
+)
+
+ONLY_WAY = ""
+"""Of a process that has but one."""
 
 
 class SideFailed(Exception):
@@ -36,17 +47,22 @@ class Side:
                 text=True,
             )
 
-    def wait_ready(self) -> None:
-        """Wait until it can be asked."""
-        self._receive()
+    def wait_ready(self) -> Any:
+        """Wait until it can be asked; returns what it tells then."""
+        return self._receive()
 
-    def round(self, workload: Workload) -> Round:
+    def round(self, workload: Workload, way: str = ONLY_WAY) -> Round:
         """Run the workload for throughput."""
-        return Round(**self._ask("round", workload))
+        return Round(**self._ask("round", workload, way))
 
-    def first_tokens(self, workload: Workload) -> list[float]:
+    def first_tokens(self, workload: Workload, way: str = ONLY_WAY) -> list[float]:
         """Run the workload one request at a time; seconds to each first token."""
-        answer: list[float] = self._ask("first_tokens", workload)
+        answer: list[float] = self._ask("first_tokens", workload, way)
+        return answer
+
+    def text(self, workload: Workload, way: str = ONLY_WAY) -> str:
+        """Run one request of the workload; its answer."""
+        answer: str = self._ask("text", workload, way)
         return answer
 
     def close(self) -> None:
@@ -59,9 +75,10 @@ class Side:
             self._process.kill()
             self._process.wait()
 
-    def _ask(self, what: str, workload: Workload) -> Any:
+    def _ask(self, what: str, workload: Workload, way: str) -> Any:
         assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps({"what": what, **asdict(workload)}) + "\n")
+        question = {"what": what, "way": way, **asdict(workload)}
+        self._process.stdin.write(json.dumps(question) + "\n")
         self._process.stdin.flush()
         return self._receive()
 
@@ -85,15 +102,20 @@ def take_stdout() -> Callable[[Any], None]:
     return answer
 
 
-async def serve_side(stream: Callable[[Workload], Stream], answer: Callable[[Any], None]) -> None:
-    """Say that it is ready, then answer until the owner closes the pipe."""
-    answer("ready")
+async def serve_side(
+    ways: Mapping[str, Open], answer: Callable[[Any], None], told: Any = None
+) -> None:
+    """Tell this as a sign that it is ready, then answer until the owner closes the pipe."""
+    answer(told)
     while line := await asyncio.to_thread(sys.stdin.readline):
         question = json.loads(line)
-        what, prompt = question.pop("what"), question.pop("prompt")
+        what, way, prompt = (question.pop(key) for key in ("what", "way", "prompt"))
         prompt = prompt if isinstance(prompt, str) else tuple(prompt)
         workload = Workload(prompt=prompt, **question)
-        if what == "round":
-            answer(asdict(await run_round(workload, stream)))
-        else:
-            answer(await run_first_tokens(workload, stream))
+        match what:
+            case "round":
+                answer(asdict(await run_round(workload, ways[way])))
+            case "first_tokens":
+                answer(await run_first_tokens(workload, ways[way]))
+            case "text":
+                answer(await run_text(workload, ways[way]))
