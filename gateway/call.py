@@ -63,8 +63,6 @@ class Call:
     """Of the completions that ended, in lower case."""
     writing_since_s: float | None = None
     """Since when a write waits for the client to read; None when none does."""
-    write_s: float = 0.0
-    """How long the latest write of a stream took."""
     first_write: asyncio.Future[None] | None = None
     """The write of a stream's first message, which carries the response headers: no status may
     overtake it, or grpc refuses the status and the client waits for ever."""

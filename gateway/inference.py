@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator
@@ -10,7 +9,7 @@ from collections.abc import AsyncIterator
 from engine.generation import GenerationRequest, Output, VersionKey
 from engine.pool import ShardPool
 from engine.ring import AdapterKey
-from gateway import codec, metrics, pacing
+from gateway import codec, metrics
 from gateway.adapter_labels import AdapterLabels
 from gateway.admission import Admission
 from gateway.call import BASE_MODEL_LABEL, Call, current_call
@@ -83,8 +82,6 @@ class Inference(InferenceServicer):
                             yield event
                         if delta.finish_reason is not None:
                             ends[delta.index] = codec.encode_end(delta)
-                    if not output.finished and (rest_s := pacing.rest_s(call.write_s)):
-                        await asyncio.sleep(rest_s)
         yield pb.GenerateStreamResponse(
             finished=pb.GenerationFinished(
                 completions=[ends[index] for index in sorted(ends)],

@@ -147,7 +147,7 @@ async def _hear_out(raws: AsyncIterator[bytes]) -> None:
 
 async def write(call: Call, context: Context, message: Any) -> None:
     """Send one message of a stream."""
-    began_s = call.writing_since_s = time.monotonic()
+    call.writing_since_s = time.monotonic()
     if call.first_write is None:
         call.first_write = asyncio.ensure_future(context.write(message))
         call.first_write.add_done_callback(_retrieve)
@@ -155,7 +155,6 @@ async def write(call: Call, context: Context, message: Any) -> None:
     else:
         await context.write(message)
     call.writing_since_s = None
-    call.write_s = time.monotonic() - began_s
 
 
 def _retrieve(write: asyncio.Future[None]) -> None:

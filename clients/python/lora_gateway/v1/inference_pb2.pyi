@@ -82,9 +82,8 @@ class GenerateRequest(google.protobuf.message.Message):
     max_tokens_per_chunk: builtins.int
     """max_tokens_per_chunk is, for GenerateStream, the number of tokens gathered
     before a delta is sent; first and last tokens are never held back. 0 (the
-    default) or 1: each token as soon as it exists. Deltas that are merged
-    for a slow reader, or while the gateway is busy, may exceed it. At most
-    1024. Generate ignores it.
+    default) or 1: each token as soon as it exists. Deltas merged for a slow
+    reader may exceed it. At most 1024. Generate ignores it.
     """
     session_id: builtins.str
     """session_id keeps a caller on one arm of a traffic split: equal ids get the

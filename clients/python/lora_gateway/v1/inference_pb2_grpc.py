@@ -90,9 +90,9 @@ class InferenceServicer(object):
 
         `started` is sent together with the first token, so that a call which
         fails before it may be retried by the client library. A stream without
-        `finished` is incomplete. Slow readers get merged deltas, and so does
-        everyone while the gateway is busy; nothing is lost. Without a client
-        deadline the server's stream default applies (300 s unless configured).
+        `finished` is incomplete. Slow readers get merged deltas and nothing is
+        lost. Without a client deadline the server's stream default applies (300 s
+        unless configured).
         One request type serves both methods on purpose: what differs is delivery.
         buf:lint:ignore RPC_REQUEST_RESPONSE_UNIQUE
         buf:lint:ignore RPC_REQUEST_STANDARD_NAME
