@@ -69,6 +69,7 @@ def test_first_tokens_may_come_a_little_later(gateway_s: float, met: bool, verdi
     timed = FirstTokens("text", Workload("a", "", 3, 1, 8), blocks_s)
     *_, found = verdicts([], [timed])
     assert (found.met, found.verdict) == (met, verdict)
+    assert found.found == "{0:.2f} ({0:.2f} to {0:.2f}) ms".format((gateway_s - 0.010) * 1000)
     assert found.what == "first token, text, one in flight: gateway - AsyncLLM.generate"
 
 

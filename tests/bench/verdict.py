@@ -94,7 +94,7 @@ def _of_first_tokens(timed: FirstTokens) -> Verdict:
     met = added_s <= MAX_ADDED_S
     return Verdict(
         f"first token, {timed.name}, one in flight: gateway - {Kind.GENERATE}",
-        f"{_ms(added_s)} ({_ms(min(by_block))} to {_ms(max(by_block))})",
+        f"{added_s * 1000:.2f} ({min(by_block) * 1000:.2f} to {max(by_block) * 1000:.2f}) ms",
         f"<= {_ms(MAX_ADDED_S)}",
         "met" if met else f"missed by {_ms(added_s - MAX_ADDED_S)}",
         met,
