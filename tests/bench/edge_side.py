@@ -78,13 +78,14 @@ class EdgeWorker:
 
     def close(self) -> None:
         """End it, in order if it can."""
-        assert self._process.stdin is not None
+        assert self._process.stdin is not None and self._process.stdout is not None
         self._process.stdin.close()
         try:
             self._process.wait(20)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+        self._process.stdout.close()
 
     def _receive(self) -> str:
         assert self._process.stdout is not None
