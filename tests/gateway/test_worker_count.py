@@ -42,5 +42,5 @@ def test_there_are_never_more_than_may_be_asked_for() -> None:
 
 
 def test_a_faster_worker_makes_them_fewer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(worker_count, "WORKER_TOKENS_PER_S", 27_000)
-    assert (default_workers(1, 1, 128), default_workers(3, 1, 128)) == (2, 4)
+    monkeypatch.setattr(worker_count, "WORKER_TOKENS_PER_S", 36_000)
+    assert (default_workers(1, 1, 128), default_workers(3, 1, 128)) == (1, 3)
