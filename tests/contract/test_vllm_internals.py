@@ -156,6 +156,9 @@ def test_sources_hold_what_no_signature_shows() -> None:
         # Our stat logger chooses the metric classes.
         (PrometheusStatLogger.__init__, "self._gauge_cls("),
         (PrometheusStatLogger.__init__, "self.gauge_lora_info"),
+        # Ours observes these, all of a step at once.
+        (PrometheusStatLogger.record, "in iteration_stats.inter_token_latencies_iter:"),
+        (PrometheusStatLogger.record, "self.histogram_inter_token_latency[engine_idx].observe"),
         (InputProcessor.__init__, "self.process_inputs_async"),
         (AsyncLLM.__init__, "self.output_processor"),
         (AsyncLLM.__init__, "self.renderer"),

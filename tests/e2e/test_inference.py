@@ -229,6 +229,7 @@ async def test_metrics_count_over_all_workers(
     labels = {"adapter": "beta", "method": "Generate", "code": "OK"}
     before = sum(gateway.metrics("llm_adapter_requests_total", **labels))
     tokens = sum(gateway.metrics("llm_adapter_tokens_total", adapter="beta", kind="completion"))
+    gaps = sum(gateway.metrics("vllm:inter_token_latency_seconds_count", shard="shard-0"))
     options = [("grpc.use_local_subchannel_pool", 1)]
     for _ in range(8):  # connections of their own, so that both workers get some
         async with grpc.aio.insecure_channel(gateway.address, options=options) as own:
@@ -236,6 +237,8 @@ async def test_metrics_count_over_all_workers(
     assert sum(gateway.metrics("llm_adapter_requests_total", **labels)) == before + 8
     after = sum(gateway.metrics("llm_adapter_tokens_total", adapter="beta", kind="completion"))
     assert after == tokens + 24
+    after = sum(gateway.metrics("vllm:inter_token_latency_seconds_count", shard="shard-0"))
+    assert after == gaps + 16
     assert gateway.metrics("llm_adapter_latency_seconds_count", adapter="beta", stage="ttft")
     assert gateway.metrics("adapters_resident", shard="shard-0") == [3.0]
     assert sum(gateway.metrics("adapter_load_seconds_count", result="ok")) >= 3
