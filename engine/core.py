@@ -17,7 +17,7 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from engine.core_death import is_stopped
 from engine.errors import CoreFailed, SlotsUsedUp
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 CLIENT_SLOTS = 64
 """Slots bound per core: one for the host, one for each worker that ever lives."""
+STAGING = "engine.staging.WorkerStaging"
+"""What vLLM's workers are extended with, by its name."""
 STOP_TIMEOUT_S = 15.0
 """How long a core gets to free its devices before it is killed."""
 
@@ -64,6 +66,8 @@ class EngineOptions:
     otlp_endpoint: str | None = None
     devices: int = 1
     """Over how many GPUs it is spread: the first that it sees. 1 on a CPU."""
+    adapter_loader: Literal["staged", "vllm"] = "staged"
+    """Who reads adapters: a thread of `engine/staging.py`, or vLLM between two steps."""
     sleeps: bool = False
     """Whether it can let go of its GPUs and stay: `gateway_sleep` of `engine/core_plugin.py`."""
 
@@ -85,6 +89,7 @@ class EngineOptions:
             max_lora_rank=self.max_lora_rank,  # type: ignore[arg-type]  # one of vLLM's literals
             tensor_parallel_size=self.devices,
             enable_sleep_mode=self.sleeps,
+            worker_extension_cls=STAGING if self.adapter_loader == "staged" else "",
             otlp_traces_endpoint=self.otlp_endpoint,
             use_tqdm_on_load=False,
             # vLLM's histograms begin at 0.3 s, too coarse for queue times.

@@ -33,6 +33,8 @@ def register() -> None:
     from vllm.v1.engine.core import EngineCoreProc
     from vllm.v1.kv_cache_interface import KVCacheConfig
 
+    from engine.core_staging import STAGING_UTILITIES
+
     # It warns that there is no Triton, in every process; on a CPU there is none.
     logging.getLogger("torch._library.triton").setLevel(logging.ERROR)
 
@@ -45,6 +47,7 @@ def register() -> None:
         gateway_sleep,
         gateway_wake,
         gateway_stop,
+        *STAGING_UTILITIES,
     ):
         setattr(EngineCoreProc, utility.__name__, utility)
     LogitsProcessorWithLoRA._get_logits = logits_without_lora  # type: ignore[method-assign]

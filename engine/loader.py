@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Protocol
 
+from engine.adapter_loader import LoadTimes
 from engine.generation import ServedVersion, VersionKey
 from engine.residents import Use
 
@@ -16,8 +17,8 @@ class Loader(Protocol):
     def name(self) -> str:
         """Stable name, for example `shard-0`."""
 
-    async def load(self, version: ServedVersion) -> None:
-        """Load it. Raises GenerationFailed or ShardUnavailable."""
+    async def load(self, version: ServedVersion) -> LoadTimes:
+        """Load it, and tell how long that took. Raises GenerationFailed or ShardUnavailable."""
 
     async def unload(self, version: ServedVersion) -> None:
         """Remove it, also if it is not there; nothing runs on it. Raises ShardUnavailable."""

@@ -1,11 +1,12 @@
 """What one shard has loaded, as the host decides it: loads, single flight, room, removal.
 
-    wanted -> (room is made) -> add_lora -> resident -> (nobody holds it) -> remove_lora
+    wanted -> (room is made) -> loaded -> resident -> (nobody holds it) -> removed
 
 The shard has as many places as vLLM keeps adapters in memory (`max_cpu_loras`). They are never
 overbooked, so vLLM never drops an adapter by itself and never has to read one again in the
 middle of a step, where a file that is damaged or gone ends the engine (vllm/lora/
-worker_manager.py:286; ADR 0007). Loads run one at a time, because each holds up decoding.
+worker_manager.py:286; ADR 0007). Loads run one at a time, because each holds up decoding, and those
+first that a request waits for.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
+from engine.adapter_loader import LoadPhase, LoadTimes
 from engine.errors import (
     AdapterLoadFailed,
     EngineError,
@@ -25,6 +26,7 @@ from engine.errors import (
     ShardUnavailable,
 )
 from engine.generation import ServedVersion, VersionKey
+from engine.load_queue import LoadQueue, retrieve
 from engine.loader import Holders, Loader, Versions
 from engine.residents import Use
 
@@ -40,6 +42,9 @@ UNLOAD_RETRY_S = 1.0
 
 SURVEY_INTERVAL_S = 1.0
 """How often is looked for an idle version, while all are in use."""
+
+
+ObserveLoad = Callable[[str, LoadPhase, float, bool], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,15 +84,15 @@ class Residency:
         places: int,
         versions: Versions,
         holders: Holders,
-        observe_load: Callable[[str, float, bool], None] = lambda shard, duration_s, ok: None,
+        observe_load: ObserveLoad = lambda shard, phase, duration_s, ok: None,
         observe_resident: Callable[[str, int], None] = lambda shard, count: None,
         observe_failure: Callable[[LoadFault], None] = lambda fault: None,
         left: Callable[[VersionKey], None] = lambda key: None,
     ) -> None:
-        """`observe_load` is told of each load: shard, seconds, whether it worked. And
-        `observe_resident` how many versions the shard has loaded, whenever that changes;
-        `observe_failure` why a version is not, whenever those who wait for it are told. `left` is
-        told of each version that nobody holds any more, before it is removed."""
+        """`observe_load` is told of each phase of each load: shard, phase, seconds, whether it
+        worked. And `observe_resident` how many versions the shard has loaded, whenever that
+        changes; `observe_failure` why a version is not, whenever those who wait for it are told.
+        `left` is told of each version that nobody holds any more, before it is removed."""
         self._shard = shard
         self._capacity = places
         self._used_elsewhere: dict[VersionKey, float] = {}
@@ -99,8 +104,7 @@ class Residency:
         self._observe_failure = observe_failure
         self._tell_left = left
         self._places: dict[VersionKey, Place] = {}
-        self._wanted: dict[VersionKey, asyncio.Future[ServedVersion]] = {}
-        """In the order of arrival; the first is the next, or is being loaded."""
+        self._wanted = LoadQueue()
         self._leaving: dict[VersionKey, _Leaving] = {}
         self._failures: dict[VersionKey, _Failure] = {}
         self._changed = asyncio.Event()
@@ -131,7 +135,7 @@ class Residency:
 
     def wanted(self) -> list[VersionKey]:
         """What is being loaded, or is about to be."""
-        return [*self._wanted]
+        return self._wanted.keys
 
     @property
     def places_left(self) -> int:
@@ -145,7 +149,7 @@ class Residency:
         elif (failure := self._recent_failure(key)) is not None:
             self._holders.failed(self.shard, key, failure.reason)
         else:
-            self._enqueue(key)
+            self._enqueue(key, awaited=True)
 
     async def ensure(self, key: VersionKey, last_use_s: float = 0.0) -> ServedVersion:
         """Load a version unless it is resident. One that comes from another shard was last used
@@ -158,14 +162,14 @@ class Residency:
             return place.version
         if last_use_s:
             self._used_elsewhere[key] = last_use_s
-        return await asyncio.shield(self._enqueue(key))
+        return await asyncio.shield(self._enqueue(key, awaited=False))
 
     async def remove(self, key: VersionKey) -> None:
         """Take a version out, when nothing runs on it any more. Cancelled, it goes on.
 
         Raises ShardUnavailable if the engine did not do it yet; it is tried again until it did.
         """
-        if (wanted := self._wanted.get(key)) is not None and key not in self._leaving:
+        if (wanted := self._wanted.future(key)) is not None and key not in self._leaving:
             await asyncio.wait((wanted,))  # it is being loaded, or about to be
         if key not in self._leaving and key in self._places:
             self._begin_leave(key)
@@ -184,8 +188,7 @@ class Residency:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-            for wanted in self._wanted.values():
-                wanted.cancel()
+            self._wanted.cancel()
 
     def lose(self) -> None:
         """The engine is gone, and all that it had loaded. `run` is to be cancelled after this."""
@@ -193,31 +196,22 @@ class Residency:
         for leaving in self._leaving.values():
             if not leaving.removed.done():
                 leaving.removed.set_result(None)
-        for wanted in self._wanted.values():
-            if not wanted.done():
-                wanted.set_exception(ShardUnavailable(self.shard))
-        self._wanted.clear()
+        self._wanted.fail(ShardUnavailable(self.shard))
         self._places.clear()
 
-    def _enqueue(self, key: VersionKey) -> asyncio.Future[ServedVersion]:
-        wanted = self._wanted.get(key)
-        if wanted is None:
-            wanted = asyncio.get_running_loop().create_future()
-            wanted.add_done_callback(_retrieve)
-            if self._ended:
-                wanted.set_exception(ShardUnavailable(self.shard))
-                return wanted
-            self._wanted[key] = wanted
-            self._changed.set()
+    def _enqueue(self, key: VersionKey, *, awaited: bool) -> asyncio.Future[ServedVersion]:
+        wanted = self._wanted.add(key, awaited=awaited)
+        if self._ended:
+            self._wanted.fail(ShardUnavailable(self.shard))
+        self._changed.set()
         return wanted
 
     async def _next(self) -> VersionKey:
-        """The first that is wanted and not on its way out."""
+        """What is to be loaded next, and not on its way out."""
         while True:
             self._changed.clear()
-            for key in self._wanted:
-                if key not in self._leaving:
-                    return key
+            if (key := self._wanted.next(self._leaving)) is not None:
+                return key
             await self._changed.wait()
 
     async def _serve(self, key: VersionKey) -> None:
@@ -233,7 +227,7 @@ class Residency:
         else:
             self._failures.pop(key, None)
             self._holders.loaded(self.shard, version)
-            self._wanted.pop(key).set_result(version)
+            self._wanted.take(key).set_result(version)
 
     def _fail(self, key: VersionKey, error: EngineError) -> None:
         reason = error.reason if isinstance(error, AdapterLoadFailed) else str(error)
@@ -241,17 +235,20 @@ class Residency:
         self._observe_failure(_fault_of(error))
         self._used_elsewhere.pop(key, None)
         self._holders.failed(self.shard, key, reason)
-        self._wanted.pop(key).set_exception(error)
+        self._wanted.take(key).set_exception(error)
 
     async def _load(self, key: VersionKey) -> ServedVersion:
+        turn_s = time.monotonic()
+        self._observe_load(self.shard, LoadPhase.QUEUE, self._wanted.waited_s(key), True)
         version = await self._versions.find(key)
         await self._make_room()
+        self._observe_load(self.shard, LoadPhase.PREPARE, time.monotonic() - turn_s, True)
         for attempt in range(1, LOAD_ATTEMPTS + 1):
             begin_s = time.monotonic()
             try:
-                await self._shard.load(version)
+                times = await self._shard.load(version)
             except GenerationFailed as error:
-                self._observe_load(self.shard, time.monotonic() - begin_s, False)
+                self._observe_attempt(begin_s, {}, False)
                 logger.warning("%s: %s: attempt %d: %s", self.shard, key, attempt, error)
                 refusal = AdapterLoadFailed(
                     *(key.adapter, key.version, f"the engine refuses it: {error}"),
@@ -259,19 +256,25 @@ class Residency:
                 )
                 version = await self._versions.with_new_id(version)
             except ShardUnavailable:
-                self._observe_load(self.shard, time.monotonic() - begin_s, False)
+                self._observe_attempt(begin_s, {}, False)
                 # The engine may still load or remove it under this id.
                 await self._versions.with_new_id(version)
                 raise
             else:
-                duration_s = time.monotonic() - begin_s
-                self._observe_load(self.shard, duration_s, True)
+                duration_s = self._observe_attempt(begin_s, times, True)
                 self._places[key] = Place(
                     version, time.time(), duration_s, self._used_elsewhere.pop(key, 0.0)
                 )
                 self._note_count()
                 return version
         raise refusal
+
+    def _observe_attempt(self, begin_s: float, times: LoadTimes, ok: bool) -> float:
+        """Tell of one that ends now. How long it took, in seconds."""
+        duration_s = time.monotonic() - begin_s
+        for phase, phase_s in [*times.items(), (LoadPhase.ALL, duration_s)]:
+            self._observe_load(self.shard, phase, phase_s, ok)
+        return duration_s
 
     async def _make_room(self) -> None:
         """Free a place if none is: that of the version which was idle for longest, also elsewhere.
@@ -303,7 +306,7 @@ class Residency:
         # From here on no process that joins is told of it, and whoever wants it waits.
         place = self._places.pop(key)
         removed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        removed.add_done_callback(_retrieve)
+        removed.add_done_callback(retrieve)
         task = asyncio.create_task(self._leave(key, place.version, removed))
         self._leaving[key] = _Leaving(removed, task)
         task.add_done_callback(lambda task: self._left(key, task))
@@ -340,7 +343,7 @@ class Residency:
         del self._leaving[key]
         self._note_count()
         self._changed.set()
-        _retrieve(task)
+        retrieve(task)
 
     def _note_count(self) -> None:
         self._observe_resident(self.shard, len(self._places) + len(self._leaving))
@@ -357,9 +360,3 @@ def _fault_of(error: EngineError) -> LoadFault:
     if isinstance(error, AdapterLoadFailed):
         return error.fault
     return LoadFault.SHARD if isinstance(error, ShardUnavailable) else LoadFault.OTHER
-
-
-def _retrieve(future: asyncio.Future[Any]) -> None:
-    """Look at an error that nobody may be waiting for."""
-    if not future.cancelled():
-        future.exception()

@@ -13,6 +13,8 @@ import uuid
 from collections.abc import AsyncGenerator, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
+from engine.adapter_loader import AdapterLoader, LoadTimes, StagedLoader, VllmLoader
+from engine.core import STAGING
 from engine.errors import (
     GenerationFailed,
     InvalidRequest,
@@ -88,7 +90,13 @@ class VllmShard:
         self._liveness = Liveness(slot.shard)
         self._screening = screening
         self._verdict = Verdict(slot.record_path)
-        self._removals: set[asyncio.Task[bool]] = set()
+        staged = engine.vllm_config.parallel_config.worker_extension_cls == STAGING
+        self._loader: AdapterLoader = (
+            StagedLoader(engine, self.call_core)
+            if staged
+            else VllmLoader(engine, self._liveness, UTILITY_TIMEOUT_S)
+        )
+        self._removals: set[asyncio.Task[None]] = set()
         self._renderer = PromptRenderer(engine.renderer, engine.vllm_config)
         self._max_model_len = int(engine.model_config.max_model_len)
         self._checks = StructuredOutputChecks(engine)
@@ -236,21 +244,21 @@ class VllmShard:
             async for _ in outputs:
                 pass
 
-    async def load(self, version: ServedVersion) -> None:
+    async def load(self, version: ServedVersion) -> LoadTimes:
         """Load an adapter into the engine. Only then may `generate` name it.
 
-        After a failure the engine forgets the id, because half of it may be in place
-        (ADR 0004); a retry needs a new one. Raises GenerationFailed with vLLM's
+        Tells how long the phases took. After a failure the engine forgets the id, because half of
+        it may be in place (ADR 0004); a retry needs a new one. Raises GenerationFailed with vLLM's
         words, or ShardUnavailable after UTILITY_TIMEOUT_S.
         """
         lora = _lora_request(version)
         assert lora is not None
         try:
-            await self._liveness.answer(self._engine.add_lora(lora), UTILITY_TIMEOUT_S)
+            return await self._loader.load(lora)
         except ShardUnavailable:
             if not self._liveness.dead:
                 # It may succeed yet, and nobody would know of it. The core does this after it.
-                removal = asyncio.create_task(self._engine.remove_lora(version.lora_int_id))
+                removal = asyncio.create_task(self._loader.drop(version.lora_int_id))
                 self._removals.add(removal)
                 removal.add_done_callback(self._forget_removal)
             raise
@@ -258,10 +266,11 @@ class VllmShard:
             if self.broken:
                 raise ShardUnavailable(self._name) from error
             with contextlib.suppress(Exception):
-                await self.unload(version)
+                drop = self._loader.drop(version.lora_int_id)
+                await self._liveness.answer(drop, UTILITY_TIMEOUT_S)
             raise GenerationFailed(str(error)) from error
 
-    def _forget_removal(self, removal: asyncio.Task[bool]) -> None:
+    def _forget_removal(self, removal: asyncio.Task[None]) -> None:
         self._removals.discard(removal)
         if not removal.cancelled():
             removal.exception()

@@ -305,6 +305,7 @@ def _engine_options(settings: Settings, model_path: Path, shard: int) -> EngineO
         max_loras=settings.max_loras,
         max_cpu_loras=settings.max_cpu_loras,
         max_lora_rank=int(settings.max_lora_rank),
+        adapter_loader=settings.adapter_loader,
         otlp_endpoint=settings.otlp_endpoint,
         devices=settings.devices_per_shard,
         sleeps=settings.lends and bool(settings.gpus(shard)),

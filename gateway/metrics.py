@@ -13,6 +13,7 @@ import functools
 from prometheus_client import Counter, Gauge, Histogram
 
 from engine import gate, ring
+from engine.adapter_loader import LoadPhase
 from engine.batched_histogram import BatchedHistogram
 from engine.core import LATENCY_BUCKETS_S
 from engine.errors import LoadFault
@@ -144,8 +145,9 @@ engine_recovery = Histogram(
 )
 _adapter_load = Histogram(
     "adapter_load_seconds",
-    "Loads of adapter versions into an engine, by result: ok, failed.",
-    ["shard", "result"],
+    "Loads of adapter versions into an engine, by result: ok, failed; and by phase: queue, "
+    "prepare, read, commit; all is read and commit, also of those that failed.",
+    ["shard", "phase", "result"],
     buckets=LATENCY_BUCKETS_S,
 )
 _load_failures = Counter(
@@ -225,9 +227,9 @@ def observe_placement(route: Route) -> None:
     _placements_of(route.shard.name, route.reason.value).inc()
 
 
-def observe_load(shard: str, duration_s: float, ok: bool) -> None:
-    """Note one load of an adapter version."""
-    _adapter_load.labels(shard, "ok" if ok else "failed").observe(duration_s)
+def observe_load(shard: str, phase: LoadPhase, duration_s: float, ok: bool) -> None:
+    """Note one phase of a load of an adapter version."""
+    _adapter_load.labels(shard, phase.value, "ok" if ok else "failed").observe(duration_s)
 
 
 def observe_load_failure(fault: LoadFault) -> None:

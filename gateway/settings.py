@@ -66,9 +66,7 @@ class Settings(BaseSettings):
     insecure: bool = Field(False, description="Allow a non-loopback address without TLS.")
     tls_cert: Path | None = Field(None, description="Server certificate chain, PEM.")
     tls_key: Path | None = Field(None, description="Server private key, PEM.")
-    tls_client_ca: Path | None = Field(
-        None, description="CA of client certificates, PEM; makes TLS mutual."
-    )
+    tls_client_ca: Path | None = Field(None, description="CA of clients, PEM; makes TLS mutual.")
     reflection: bool | None = Field(
         None, description="gRPC reflection. Default: on for loopback, else off."
     )
@@ -93,9 +91,7 @@ class Settings(BaseSettings):
     )
     max_model_len: int = Field(2048, ge=16, description="Context in tokens, prompt and answer.")
     max_num_seqs: int = Field(256, ge=1, le=4096, description="Completions run at once.")
-    gpu_memory_utilization: float = Field(
-        0.9, gt=0, le=1, description="Share of GPU memory that vLLM may take."
-    )
+    gpu_memory_utilization: float = Field(0.9, gt=0, le=1, description="Share that vLLM may take.")
     cpu_kv_cache_gib: int = Field(
         1, ge=1, description="KV cache of each CPU engine, in GiB; ignored on GPUs."
     )
@@ -103,6 +99,9 @@ class Settings(BaseSettings):
     max_cpu_loras: int = Field(64, ge=1, description="Adapters an engine keeps in memory.")
     max_lora_rank: Literal["1", "8", "16", "32", "64", "128", "256", "320", "512"] = Field(
         "32", description="Highest rank an adapter may have."
+    )
+    adapter_loader: Literal["staged", "vllm"] = Field(
+        "staged", description="Who reads adapters: a thread beside the engine's steps, or vLLM."
     )
 
     engine_stall_timeout_s: float = Field(

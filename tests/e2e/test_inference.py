@@ -241,7 +241,7 @@ async def test_metrics_count_over_all_workers(
     assert after == gaps + 16
     assert gateway.metrics("llm_adapter_latency_seconds_count", adapter="beta", stage="ttft")
     assert gateway.metrics("adapters_resident", shard="shard-0") == [3.0]
-    assert sum(gateway.metrics("adapter_load_seconds_count", result="ok")) >= 3
+    assert sum(gateway.metrics("adapter_load_seconds_count", phase="all", result="ok")) >= 3
     for name in ("vllm:num_requests_running", "vllm:kv_cache_usage_perc"):
         assert len(gateway.metrics(name, shard="shard-0")) == 1, "one series per shard"
     assert sum(gateway.metrics("vllm:generation_tokens_total", shard="shard-0")) > 0

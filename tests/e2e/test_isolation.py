@@ -129,7 +129,7 @@ async def mix(
     for prompt in PROMPTS:  # else an answer of another adapter could pass
         assert len({tuple(alone[model, prompt]) for model in (BASE_MODEL, *ADAPTERS)}) == 21
 
-    loads_before = sum(gateway.metrics("adapter_load_seconds_count", result="ok"))
+    loads_before = sum(gateway.metrics("adapter_load_seconds_count", phase="all", result="ok"))
     questions = iter(mixed_questions(requests))
     asked: Counter[str] = Counter()
     wrong: list[tuple[Question, list[int]]] = []
@@ -158,7 +158,9 @@ async def mix(
             for number in range(IN_FLIGHT):
                 tasks.create_task(keep_asking(number, channels[number]))
 
-    loads = sum(gateway.metrics("adapter_load_seconds_count", result="ok")) - loads_before
+    loads = (
+        sum(gateway.metrics("adapter_load_seconds_count", phase="all", result="ok")) - loads_before
+    )
     with capsys.disabled():
         print(
             f"\nisolation: {asked.total()} requests to {len(asked) - 1} adapters and the base "

@@ -76,7 +76,7 @@ async def resume(gateway: GatewayProcess) -> pb.Shard:
 
 async def loads(gateway: GatewayProcess) -> float:
     """Loads of adapters into any engine so far."""
-    counts = await asyncio.to_thread(gateway.metrics, "adapter_load_seconds_count")
+    counts = await asyncio.to_thread(gateway.metrics, "adapter_load_seconds_count", phase="all")
     return sum(counts)
 
 

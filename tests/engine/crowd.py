@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace
 
+from engine.adapter_loader import LoadPhase, LoadTimes
 from engine.errors import AdapterLoadFailed, GenerationFailed, LoadFault, ShardUnavailable
 from engine.generation import ServedVersion, VersionKey
 from engine.residency import Residency
@@ -56,7 +57,7 @@ class Core:
         """What is loaded."""
         return {version.key for version in self.loaded.values()}
 
-    async def load(self, version: ServedVersion) -> None:
+    async def load(self, version: ServedVersion) -> LoadTimes:
         self.loads.append(version.key)
         await self.may_load.wait()
         await asyncio.sleep(self.load_s)
@@ -70,6 +71,7 @@ class Core:
             self._spoiled.add(version.lora_int_id)
             raise GenerationFailed("shapes do not match")
         self.loaded[version.lora_int_id] = version
+        return {LoadPhase.COMMIT: self.load_s}
 
     async def unload(self, version: ServedVersion) -> None:
         running = [id for (_, id), count in self.requests.items() if count]

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 
+from engine.adapter_loader import LoadPhase
 from engine.errors import LoadFault
 from engine.generation import VersionKey
 from engine.residency import Residency
@@ -29,6 +30,7 @@ class Stage:
     loads: list[tuple[str, bool]] = field(default_factory=list)
     counts: list[int] = field(default_factory=list)
     faults: list[LoadFault] = field(default_factory=list)
+    phases: list[tuple[LoadPhase, bool]] = field(default_factory=list)
 
     @property
     def process(self) -> Process:
@@ -47,18 +49,26 @@ async def stage(places: int, processes: int = 1) -> AsyncIterator[Stage]:
     loads: list[tuple[str, bool]] = []
     counts: list[int] = []
     faults: list[LoadFault] = []
+    phases: list[tuple[LoadPhase, bool]] = []
+
+    def observe_load(shard: str, phase: LoadPhase, duration_s: float, ok: bool) -> None:
+        assert duration_s >= 0.0
+        phases.append((phase, ok))
+        if phase is LoadPhase.ALL:
+            loads.append((shard, ok))
+
     residency = Residency(
         core,
         places,
         stock,
         crowd,
-        lambda shard, duration_s, ok: loads.append((shard, ok)),
+        observe_load,
         lambda shard, count: counts.append(count),
         faults.append,
     )
     crowd.serve(residency)
     runs = asyncio.create_task(residency.run())
-    at = Stage(core, crowd, stock, residency, runs, loads, counts, faults)
+    at = Stage(core, crowd, stock, residency, runs, loads, counts, faults, phases)
     try:
         async with asyncio.timeout(SOON_S):
             yield at

@@ -8,6 +8,7 @@ import time
 import pytest
 
 from engine import residency as module
+from engine.adapter_loader import LoadPhase
 from engine.errors import AdapterLoadFailed, LoadFault, ShardUnavailable
 from engine.residents import Resident
 from tests.engine.crowd import SHARD
@@ -41,6 +42,36 @@ async def test_loads_come_in_the_order_in_which_they_were_wanted() -> None:
         at.core.may_load.set()
         await asyncio.gather(*holds)
         assert at.core.loads == [C, A, D, B]
+
+
+async def test_what_a_request_waits_for_is_loaded_before_what_is_loaded_ahead() -> None:
+    async with stage(4) as at:
+        at.core.may_load.clear()
+        first = asyncio.ensure_future(at.residency.ensure(A))
+        ahead = asyncio.ensure_future(at.residency.ensure(B))
+        await settled()
+        holds = [started(at.process.residents.hold(key)) for key in (D, C)]
+        await settled()
+        at.core.may_load.set()
+        await asyncio.gather(first, ahead, *holds)
+        assert at.core.loads == [A, D, C, B], "A had begun"
+
+
+async def test_each_phase_of_a_load_is_told() -> None:
+    async with stage(1) as at:
+        await at.residency.ensure(A)
+        before = [LoadPhase.QUEUE, LoadPhase.PREPARE]
+        whole = [*before, LoadPhase.COMMIT, LoadPhase.ALL]  # a thread has read nothing
+        assert at.phases == [(phase, True) for phase in whole]
+        at.phases.clear()
+        at.core.refusals[B] = 1
+        await at.residency.ensure(B)
+        assert at.phases == [
+            *((phase, True) for phase in before),
+            (LoadPhase.ALL, False),
+            (LoadPhase.COMMIT, True),
+            (LoadPhase.ALL, True),
+        ]
 
 
 async def test_what_is_there_is_not_loaded_again() -> None:

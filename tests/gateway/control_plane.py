@@ -23,6 +23,7 @@ import pytest
 
 import engine.intake
 import engine.processors
+from engine.adapter_loader import LoadTimes
 from engine.adapters import AdapterFacts
 from engine.base_model import BaseModules, ModelFingerprints
 from engine.core_death import CoreDeath
@@ -81,7 +82,7 @@ class LoadableShard(FakeShard):
         self.load_now = Load(0, 0, 0, 0.0)
         """Requests that run and wait in the engine."""
 
-    async def load(self, version: ServedVersion) -> None:
+    async def load(self, version: ServedVersion) -> LoadTimes:
         self.loading.set()
         await self.may_load.wait()
         if (error := self.refuses.get(version.key)) is not None:
@@ -89,6 +90,7 @@ class LoadableShard(FakeShard):
         if not (Path(version.path) / WEIGHTS_FILE).is_file():
             raise GenerationFailed("the files are gone")
         self.loaded.append(version.key)
+        return {}
 
     async def unload(self, version: ServedVersion) -> None:
         if version.key in self.loaded:

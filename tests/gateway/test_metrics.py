@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from engine.adapter_loader import LoadPhase
 from engine.errors import LoadFault
 from gateway import metrics
 from gateway.admission import Shed
@@ -83,8 +84,8 @@ async def _show() -> None:
         metrics.shard_up.labels(shard).set(1)
     metrics.observe_load_failure(LoadFault.FILES)
     metrics.observe_resident("shard-0", 3)
-    metrics.observe_load("shard-0", 0.2, True)
-    metrics.observe_load("shard-0", 0.3, False)
+    metrics.observe_load("shard-0", LoadPhase.READ, 0.2, True)
+    metrics.observe_load("shard-0", LoadPhase.ALL, 0.3, False)
     for priority, wait_s in ((-10, 5.0), (0, 90.0), (1, 0.5), (10, 1.5)):
         metrics.observe_training_wait(priority, wait_s)
     endpoint = endpoint_at("127.0.0.1:0")
@@ -284,8 +285,8 @@ def test_what_the_host_knows_stays(pages: list[Series]) -> None:
             labels = f"{{priority={priority}}}"
             assert shown[f"training_queue_wait_seconds_count{labels}"] == count
             assert shown[f"training_queue_wait_seconds_sum{labels}"] == wait_s
-        for result, seconds in (("ok", 0.2), ("failed", 0.3)):
-            labels = f"{{result={result},shard=shard-0}}"
+        for phase, result, seconds in (("read", "ok", 0.2), ("all", "failed", 0.3)):
+            labels = f"{{phase={phase},result={result},shard=shard-0}}"
             assert shown[f"adapter_load_seconds_count{labels}"] == 1
             assert shown[f"adapter_load_seconds_sum{labels}"] == pytest.approx(seconds)
 
