@@ -22,6 +22,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from engine.core_staging import STAGING_UTILITIES, rest
+
 PARENT_POLL_S = 0.5
 """How often an adopted core looks for its host. An orphan ends this long after it."""
 
@@ -32,8 +34,6 @@ def register() -> None:
     from vllm.platforms import current_platform
     from vllm.v1.engine.core import EngineCoreProc
     from vllm.v1.kv_cache_interface import KVCacheConfig
-
-    from engine.core_staging import STAGING_UTILITIES
 
     # It warns that there is no Triton, in every process; on a CPU there is none.
     logging.getLogger("torch._library.triton").setLevel(logging.ERROR)
@@ -124,6 +124,7 @@ def gateway_sleep(self: Any) -> Any:
     those slots: adapters would be answered in what another process left there
     (vllm/v1/worker/gpu_worker.py:294). The KV cache and its index are dropped.
     """
+    rest(self)
     return self.sleep(1, "abort")
 
 

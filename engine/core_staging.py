@@ -92,4 +92,10 @@ def gateway_unstage(self: Any, lora_int_id: int) -> None:
     self.model_executor.collective_rpc("gateway_unstage", args=(lora_int_id,))
 
 
+def rest(core: Any) -> None:
+    """Have the workers give back what staging has of the GPU, where there is any."""
+    if core.vllm_config.parallel_config.worker_extension_cls:
+        core.model_executor.collective_rpc("gateway_rest")
+
+
 STAGING_UTILITIES = (gateway_stage, gateway_commit, gateway_unstage)

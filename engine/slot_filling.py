@@ -2,7 +2,8 @@
 
 A slot is where an adapter must lie to be computed with. vLLM fills one in a single go, between two
 steps or in the middle of one, while all that decodes waits. Here a slot is set aside for an adapter
-that no request names yet, and filled by parts; the steps between them compute with the others.
+that no request names yet, and filled by parts; the steps between them compute with the others. On a
+GPU it is filled at once, from a spare slot where the adapter lies already.
 """
 
 from __future__ import annotations
@@ -16,16 +17,21 @@ if TYPE_CHECKING:
     from vllm.lora.lora_model import LoRAModel
     from vllm.lora.model_manager import LRUCacheLoRAModelManager
 
+    from engine.spare_slot import SpareSlot
+
 
 class SlotFilling:
     """One adapter on its way into a slot. All of it runs on the thread that computes."""
 
-    def __init__(self, manager: LRUCacheLoRAModelManager, model: LoRAModel) -> None:
-        """Sets a slot aside, that of the adapter which was used least recently if none is free.
-        While requests run on all of them it takes none, and vLLM fills one when the adapter's
-        first request is in the batch."""
+    def __init__(
+        self, manager: LRUCacheLoRAModelManager, model: LoRAModel, spare: SpareSlot | None = None
+    ) -> None:
+        """`spare` is the slot that holds it already. Sets a slot aside, that of the adapter which
+        was used least recently if none is free. While requests run on all of them it takes none,
+        and vLLM fills one when the adapter's first request is in the batch."""
         self._manager = manager
         self._model = model
+        self._spare = spare
         self._slot = self._set_aside()
         self._left: Iterator[tuple[str, BaseLayerWithLoRA]] = iter(manager.modules.items())
 
@@ -36,6 +42,9 @@ class SlotFilling:
         """
         end_s = time.perf_counter() + budget_s
         while self._slot is not None and self._is_ours(self._slot):
+            if self._spare is not None:
+                self._spare.copy_to(self._slot)
+                return True
             if (module := next(self._left, None)) is None:
                 return True
             self._fill(*module, self._slot)

@@ -23,6 +23,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from vllm.lora.lora_model import LoRAModel
 from vllm.lora.model_manager import LRUCacheLoRAModelManager
 from vllm.lora.request import LoRARequest
@@ -30,6 +31,7 @@ from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 from vllm.utils.gpu_sync_debug import gpu_sync_allowed
 
 from engine.slot_filling import SlotFilling
+from engine.spare_slot import SpareSlot, fits
 from engine.staged_weights import StagedModel, read_ahead
 
 logger = logging.getLogger(__name__)
@@ -62,6 +64,10 @@ class WorkerStaging:
         """Forget it, also while it is read. What is committed stays."""
         self._gateway_staging().drop(lora_int_id)
 
+    def gateway_rest(self) -> None:
+        """Give back the GPU's memory. Nothing may be staged, or being read."""
+        self._gateway_staging().rest()
+
     def _gateway_staging(self) -> Staging:
         staging: Staging | None = self.__dict__.get("_gateway_staged")
         if staging is None:
@@ -73,8 +79,11 @@ class WorkerStaging:
 class Staging:
     """The adapters of one worker that are read, or were and are not committed."""
 
-    def __init__(self, loras: LRUCacheWorkerLoRAManager) -> None:
+    def __init__(self, loras: LRUCacheWorkerLoRAManager, spare: bool | None = None) -> None:
+        """With a `spare` slot or without; by itself with one on a GPU."""
         self._loras = loras
+        self._has_spare = loras.device.type == "cuda" if spare is None else spare
+        self._spare: SpareSlot | None = None
         self._reader = copy.copy(loras)
         self._reader._lora_model_cls = StagedModel
         self._lock = threading.Lock()
@@ -99,7 +108,7 @@ class Staging:
         try:
             with gpu_sync_allowed():
                 if (filling := self._fillings.get(lora_int_id)) is None:
-                    filling = self._fillings[lora_int_id] = SlotFilling(self._manager, model)
+                    filling = self._fillings[lora_int_id] = self._filling(model)
                 if not filling.go_on(FILL_BUDGET_S):
                     return False
                 self._register(model)
@@ -132,18 +141,30 @@ class Staging:
         else:  # it is packed already
             manager._registered_adapters[model.id] = model
 
+    def _filling(self, model: LoRAModel) -> SlotFilling:
+        spare = self._spare
+        holds = spare is not None and spare.holds == model.id
+        return SlotFilling(self._manager, model, spare if holds else None)
+
     def _forget(self, lora_int_id: int) -> None:
         with self._lock:
+            if self._spare is not None and self._spare.holds == lora_int_id:
+                self._spare.holds = None
             self._wanted.discard(lora_int_id)
             self._models.pop(lora_int_id, None)
 
     def _read_all(self) -> None:
         leave_processors_that_compute()
+        if self._loras.device.type == "cuda":
+            torch.cuda.set_device(self._loras.device)  # a new thread begins on the first
         while True:
             request, core = self._tasks.get()
             begin_s, error = time.monotonic(), ""
             try:
-                self._keep(self._read(request))
+                model = self._read(request)
+                self._fill_spare(model)
+                self._keep(model)
+                del model
             except BaseException as failure:
                 logger.exception("%s could not be read", request.lora_name)
                 error = str(failure)[:MOST_ERROR_CHARACTERS] or type(failure).__name__
@@ -152,10 +173,40 @@ class Staging:
             with contextlib.suppress(OSError):  # a core that is gone wants no answer
                 tell(core, answer)
 
+    def _fill_spare(self, model: LoRAModel) -> None:
+        if not self._has_spare:
+            return
+        if self._spare is None:
+            self._spare = self._make_spare()
+        with self._lock:
+            if self._spare is None or self._spare.holds is not None:
+                return  # another one waits for its commit there
+            self._spare.holds = model.id
+        try:
+            self._spare.fill(model)
+        except BaseException:
+            self._spare.holds = None
+            raise
+
+    def _make_spare(self) -> SpareSlot | None:
+        try:
+            if fits(self._manager):
+                return SpareSlot(self._manager)
+        except torch.OutOfMemoryError:
+            logger.warning("no memory for a spare slot: slots are filled between steps, by parts")
+        self._has_spare = False
+        return None
+
+    def rest(self) -> None:
+        """Give back what it has of the GPU's memory; nothing is read, and nothing is staged."""
+        self._spare = None
+
     def _keep(self, model: LoRAModel) -> None:
         with self._lock:
             if model.id in self._wanted:
                 self._models[model.id] = model
+            elif self._spare is not None and self._spare.holds == model.id:
+                self._spare.holds = None
 
     def _read(self, request: LoRARequest) -> LoRAModel:
         read_ahead(Path(request.lora_path))

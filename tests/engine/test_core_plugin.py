@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from engine import core_plugin
+from engine.core import STAGING
 
 HIDDEN, RANK = 8, 2
 
@@ -58,6 +59,8 @@ def test_a_core_sleeps_with_its_weights_and_wakes_without_adapters() -> None:
         return "when it sleeps"
 
     core = SimpleNamespace(
+        vllm_config=SimpleNamespace(parallel_config=SimpleNamespace(worker_extension_cls=STAGING)),
+        model_executor=SimpleNamespace(collective_rpc=calls.append),
         sleep=sleep,
         wake_up=calls.append,
         list_loras=lambda: {3, 7},
@@ -65,7 +68,11 @@ def test_a_core_sleeps_with_its_weights_and_wakes_without_adapters() -> None:
     )
     assert core_plugin.gateway_sleep(core) == "when it sleeps", "the answer waits for it"
     core_plugin.gateway_wake(core)
-    assert calls[:2] == [(1, "abort"), None] and {*calls[2:]} == {3, 7}
+    assert calls[:3] == ["gateway_rest", (1, "abort"), None] and {*calls[3:]} == {3, 7}
+    calls.clear()
+    core.vllm_config.parallel_config.worker_extension_cls = ""
+    core_plugin.gateway_sleep(core)
+    assert calls == [(1, "abort")], "no such method in vLLM's own workers"
 
 
 def test_blocks_are_always_zeroed_before_use() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from engine.models import resolve_model
+from tests.engine.adapter_kinds import KINDS, WEIGHTS, as_type, changed
 from tests.engine.lora_layers import PLACES, SLOTS, empty, in_slot, lora_layers, manager_of, request
 from tests.tiny_adapter import write_tiny_adapter
 
@@ -21,7 +23,6 @@ if TYPE_CHECKING:
 
     from engine.staging import Staging
 
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 SOON_S = 30.0
 
 
@@ -52,6 +53,12 @@ def staging(loras: LRUCacheWorkerLoRAManager, monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(staging, "leave_processors_that_compute", lambda: None)
     return staging.Staging(loras)
+
+
+@pytest.fixture
+def spared(staging: Staging) -> Staging:
+    """As on a GPU, with a spare slot; here it lies in the same memory as all others."""
+    return type(staging)(staging._loras, spare=True)
 
 
 @pytest.fixture
@@ -94,91 +101,92 @@ def runs_on(loras: LRUCacheWorkerLoRAManager, *lora_int_ids: int) -> None:
     loras.set_active_adapters(asked, mapping)
 
 
-# --- kinds of adapters ------------------------------------------------------
-
-
-def changed(folder: Path, **config: object) -> Path:
-    path = folder / CONFIG
-    path.write_text(json.dumps(json.loads(path.read_text()) | config))
-    return folder
-
-
-def of_modules(folder: Path, *modules: str) -> Path:
-    tensors = load_file(folder / WEIGHTS)
-    kept = {name: each for name, each in tensors.items() if any(part in name for part in modules)}
-    assert kept
-    save_file(kept, folder / WEIGHTS)
-    return changed(folder, target_modules=list(modules))
-
-
-def as_type(folder: Path, dtype: torch.dtype) -> Path:
-    tensors = load_file(folder / WEIGHTS)
-    save_file({name: each.to(dtype) for name, each in tensors.items()}, folder / WEIGHTS)
-    return folder
-
-
-def with_embedding(folder: Path, tiny: Path) -> Path:
-    config = json.loads((tiny / "config.json").read_text())
-    vocabulary, width = config["vocab_size"], config["hidden_size"]
-    generator = torch.Generator().manual_seed(7)
-    name = "base_model.model.model.embed_tokens"
-    tensors = load_file(folder / WEIGHTS) | {
-        f"{name}.lora_embedding_A": torch.randn(8, vocabulary, generator=generator),
-        f"{name}.lora_embedding_B": torch.randn(width, 8, generator=generator),
-        f"{name}.base_layer.weight": torch.randn(vocabulary, width, generator=generator),
-    }
-    save_file(tensors, folder / WEIGHTS)
-    return folder
-
-
-def of_several_ranks(folder: Path, tiny: Path) -> Path:
-    """Ranks and scales by module, as PEFT's patterns give them."""
-    lower = load_file(write_tiny_adapter(folder / "lower", tiny, seed=9, rank=4) / WEIGHTS)
-    tensors = load_file(folder / WEIGHTS)
-    tensors |= {name: each for name, each in lower.items() if "q_proj" in name}
-    save_file(tensors, folder / WEIGHTS)
-    return changed(folder, rank_pattern={"q_proj": 4}, alpha_pattern={"v_proj": 5})
-
-
-KINDS = {
-    "full rank": lambda folder, tiny: folder,
-    "rsLoRA": lambda folder, tiny: changed(folder, use_rslora=True),
-    "bfloat16": lambda folder, tiny: as_type(folder, torch.bfloat16),
-    "float64": lambda folder, tiny: as_type(folder, torch.float64),
-    "a part of what vLLM packs": lambda folder, tiny: of_modules(folder, "q_proj", "up_proj"),
-    "nothing that vLLM packs": lambda folder, tiny: of_modules(folder, "o_proj"),
-    "one layer": lambda folder, tiny: of_modules(folder, "layers.2."),
-    "embedding": with_embedding,
-    "several ranks": of_several_ranks,
-}
-
-
+@pytest.mark.parametrize("by", ["parts", "a spare slot"])
 @pytest.mark.parametrize("rank", [8, 16])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_slot_holds_what_vllm_would_have_put_there(
     kind: str,
     rank: int,
+    by: str,
     loras: LRUCacheWorkerLoRAManager,
     staging: Staging,
+    spared: Staging,
     core: socket.socket,
     plain: Path,
     tiny: Path,
     tmp_path: Path,
 ) -> None:
     folder = KINDS[kind](write_tiny_adapter(tmp_path / "it", tiny, seed=2, rank=rank), tiny)
-    for dirty in (91, 92):  # all slots had another adapter, of the highest rank
-        load(staging, dirty, plain, core)
+    under_test = staging if by == "parts" else spared
     manager = manager_of(loras)
-    load(staging, 1, folder, core)
+    for dirty in (91, 92):  # all slots had another adapter, of the highest rank
+        load(under_test, dirty, plain, core)
+    calls = load(under_test, 1, folder, core)
     ours = in_slot(manager, 1)
     empty(loras)
     for dirty in (91, 92):
-        load(staging, dirty, plain, core)
+        loras.add_adapter(request(dirty, plain))
     loras.add_adapter(request(2, folder))
     vllms = in_slot(manager, 2)
     assert any(tensor.any() for tensor in vllms.values())
     assert ours.keys() == vllms.keys()
     assert [name for name in ours if not torch.equal(ours[name], vllms[name])] == []
+    if by == "a spare slot":
+        assert calls == 1 and under_test._spare is not None
+
+
+def test_a_spare_slot_serves_one_adapter_after_the_other(
+    loras: LRUCacheWorkerLoRAManager,
+    spared: Staging,
+    core: socket.socket,
+    plain: Path,
+    tiny: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The second is read before the first is committed, and has its slot filled by parts."""
+    manager = manager_of(loras)
+    other = write_tiny_adapter(tmp_path / "other", tiny, seed=5, rank=8)
+    monkeypatch.setattr("engine.staging.FILL_BUDGET_S", 0.0)
+    assert read(spared, 1, plain, core)["error"] == ""
+    assert read(spared, 2, other, core)["error"] == ""
+    assert not spared.commit(2)
+    assert spared.commit(1), "at once"
+    while not spared.commit(2):
+        pass
+    first, second = in_slot(manager, 1), in_slot(manager, 2)
+    # Dropped after it was read, and before: the spare slot is free again.
+    assert read(spared, 3, plain, core)["error"] == ""
+    spared.drop(3)
+    spared.stage(request(4, plain), core.getsockname())
+    spared.stage(request(5, other), core.getsockname())
+    spared.drop(4)
+    spared.drop(5)
+    for _ in range(2):
+        core.recv(2**16)
+    spared.rest()
+    assert load(spared, 6, other, core) == 1
+    empty(loras)
+    loras.add_adapter(request(7, plain))
+    loras.add_adapter(request(8, other))
+    assert all(torch.equal(first[name], each) for name, each in in_slot(manager, 7).items())
+    assert all(torch.equal(second[name], each) for name, each in in_slot(manager, 8).items())
+
+
+def test_without_memory_for_a_spare_slot_slots_are_filled_by_parts(
+    loras: LRUCacheWorkerLoRAManager,
+    spared: Staging,
+    core: socket.socket,
+    plain: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def no_memory(manager: object) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr("engine.staging.SpareSlot", no_memory)
+    monkeypatch.setattr("engine.staging.FILL_BUDGET_S", 0.0)
+    assert load(spared, 1, plain, core) > 1
+    assert loras.list_adapters() == {1}
 
 
 def test_what_vllm_copies_later_by_itself_is_the_same(
@@ -245,6 +253,7 @@ def test_a_slot_that_a_step_needs_is_let_go(
     assert 3 not in manager.lora_index_to_id and loras.list_adapters() == {1, 2, 3}
     after = in_slot(manager, 1)
     assert all(torch.equal(before[name], after[name]) for name in before)
+    runs_on(loras, 2)
     runs_on(loras, 3)
     assert all(torch.equal(before[name], each) for name, each in in_slot(manager, 3).items())
     assert all(torch.equal(whole[name], each) for name, each in in_slot(manager, 2).items())
@@ -292,6 +301,20 @@ def test_files_that_are_gone_or_broken_are_told_in_vllms_words(
         with pytest.raises(KeyError):
             staging.commit(7)
     assert loras.list_adapters() == set() and not any(manager_of(loras).lora_index_to_id)
+
+
+def test_weights_that_do_not_fit_the_spare_slot_leave_no_trace(
+    loras: LRUCacheWorkerLoRAManager, spared: Staging, core: socket.socket, plain: Path
+) -> None:
+    tensors = load_file(plain / WEIGHTS)
+    wide = {name: torch.ones(2 * each.shape[0], each.shape[1]) for name, each in tensors.items()}
+    good = plain.rename(plain.with_name("good"))
+    save_file(wide, shutil.copytree(good, plain) / WEIGHTS)
+    assert "must match" in read(spared, 1, plain, core)["error"]
+    with pytest.raises(KeyError):
+        spared.commit(1)
+    assert not len(manager_of(loras)) and not any(manager_of(loras).lora_index_to_id)
+    assert load(spared, 2, good, core) == 1
 
 
 def test_weights_that_do_not_fit_leave_no_trace(
