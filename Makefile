@@ -230,6 +230,11 @@ bench-edge: $(DEV_READY) ## Measure the edge without an engine: workers on one p
 profile: $(DEV_READY) ## Draw flame graphs of a worker under load into build/profile; ARGS="--seconds 20"
 	@$(BIN)/python -m tests.bench.profile $(ARGS)
 
+.PHONY: bench-loads
+bench-loads: $(DEV_READY) ## Measure what loads of adapters cost those who decode, and who waits for them
+	@$(BIN)/python -m tests.bench.loads $(ARGS)
+	@$(BIN)/python -m tests.bench.loads --wide --rank 64 --rate 3 --first-tokens 20 $(ARGS)
+
 .PHONY: screenshot
 screenshot: $(DEV_READY) ## Take the pictures of the status page in docs/ again (needs Chromium)
 	@$(BIN)/python -m tests.screenshot

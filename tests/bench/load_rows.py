@@ -51,6 +51,8 @@ class Rows:
     """First tokens of an adapter that has its slot."""
     cached_s: list[float] = field(default_factory=list)
     """First tokens of one that is in host memory, and has none."""
+    answers_equal: list[bool] = field(default_factory=list)
+    """Whether an adapter answers the same after either loader, to the token."""
 
     def gap_ratio(self, kind: str) -> float:
         """Of the 99.9th percentiles: the median over the rounds, each against its own without
@@ -83,6 +85,8 @@ class Rows:
                 if times_s:
                     shown = [1000 * self.added_s(times_s, share) for share in (0.5, 0.99)]
                     lines.append(f"{name:<42}" + "".join(f"{value:8.2f}" for value in shown))
+        equal = f"{sum(self.answers_equal)} of {len(self.answers_equal)}"
+        lines.append(f"adapters that answer the same after either loader: {equal}")
         return "\n".join([*lines, self.verdict()])
 
     def verdict(self) -> str:
@@ -99,6 +103,7 @@ class Rows:
         return {
             "warm": self.warm_s,
             "cached": self.cached_s,
+            "answers_equal": self.answers_equal,
             "rows": {
                 kind: {
                     "p999_by_round": row.rounds_s,

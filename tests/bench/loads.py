@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 SLOTS, PLACES = 8, 64
 PROMPT = (5, 6, 7, 8)
-STREAM_TOKENS = 1500
+STREAM_TOKENS, ANSWER_TOKENS = 1500, 32
 SETTLE_S = 0.5
 LOAD_TIMEOUT_S = 60.0
 
@@ -86,6 +86,28 @@ class Engine:
             times_s.append(time.perf_counter())
         return times_s
 
+    async def answer(self, kind: str, folder: Path) -> list[int]:
+        """Tokens by the adapter in that folder, loaded by `kind`."""
+        from vllm.lora.request import LoRARequest
+        from vllm.sampling_params import RequestOutputKind, SamplingParams
+
+        number = next(self._ids)
+        lora = LoRARequest(f"bench/answer@{number}", number, str(folder))
+        await self.load(kind, lora)
+        params = SamplingParams(
+            max_tokens=ANSWER_TOKENS,
+            temperature=0.0,
+            ignore_eos=True,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        tokens: list[int] = []
+        async for output in self._engine.generate(
+            {"prompt_token_ids": [*PROMPT]}, params, uuid.uuid4().hex, lora_request=lora
+        ):
+            tokens.extend(output.outputs[0].token_ids)
+        await self.unload(lora)
+        return tokens
+
     async def first_token_s(self, lora: LoRARequest, kind: str = NONE) -> float:
         """From the wish to the first token; loaded by `kind` before, if it is one."""
         begin_s = time.perf_counter()
@@ -130,9 +152,12 @@ class Decoding:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
 
-async def measure(engine: Engine, options: argparse.Namespace) -> Rows:
+async def measure(engine: Engine, folders: Sequence[Path], options: argparse.Namespace) -> Rows:
     """All rows, in turns."""
     rows = Rows()
+    for folder in folders:
+        ours, vllms = [await engine.answer(kind, folder) for kind in (STAGED, VLLM)]
+        rows.answers_equal.append(ours == vllms)
     resident = engine.adapter()
     await engine.load(STAGED, resident)
     await _first_tokens(engine, rows, resident, options.first_tokens)
@@ -259,7 +284,7 @@ async def _run(model: Path, folders: Sequence[Path], options: argparse.Namespace
         config, disable_log_stats=True, stat_loggers=[shard_stat_logger("bare")]
     )
     try:
-        return await measure(Engine(engine, folders), options)
+        return await measure(Engine(engine, folders), folders, options)
     finally:
         engine.shutdown()
 
