@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from engine.models import resolve_model
-from tests.engine.adapter_kinds import KINDS, WEIGHTS, as_type, changed
+from tests.engine.adapter_kinds import KINDS, WEIGHTS, changed
 from tests.engine.lora_layers import PLACES, SLOTS, empty, in_slot, lora_layers, manager_of, request
 from tests.tiny_adapter import write_tiny_adapter
 
@@ -379,14 +379,3 @@ def test_a_core_that_is_gone_ends_no_reads(
     staging.stage(request(1, plain), str(tmp_path / "nobody"))
     assert read(staging, 2, plain, core)["error"] == ""
     assert staging.commit(1)
-
-
-def test_reading_starts_no_thread_of_torch(
-    staging: Staging, core: socket.socket, plain: Path
-) -> None:
-    """On a CPU it would compute where the engine does."""
-    tasks = Path("/proc/self/task")
-    load(staging, 1, plain, core)
-    before = {*tasks.iterdir()}
-    read(staging, 2, as_type(plain, torch.bfloat16), core)
-    assert {*tasks.iterdir()} <= before

@@ -2,8 +2,8 @@
 
     PYTHONPATH=.:clients/python python -m tests.gpu.loads [--rank 32] [--tiny] [...]
 
-Makes the model and the adapters, and runs `tests/bench/loads.py` with them and with whatever else is
-given. Needs no network.
+Makes the model and the adapters, and runs `tests/bench/loads.py` with them, and with whatever else
+is given. Needs no network.
 """
 
 from __future__ import annotations
