@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import itertools
 import json
 import shutil
@@ -258,6 +259,7 @@ def main() -> None:
             flush=True,
         )
         rows = asyncio.run(_run(model, folders, options))
+        gc.collect()  # vLLM's engine is closed; at the interpreter's end that fails
     print(rows.table())
     if options.json is not None:
         options.json.write_text(json.dumps(rows.raw()) + "\n")

@@ -164,8 +164,9 @@ def test_a_spare_slot_serves_one_adapter_after_the_other(
     spared.drop(5)
     for _ in range(2):
         core.recv(2**16)
-    spared.rest()
     assert load(spared, 6, other, core) == 1
+    spared.rest()
+    assert load(spared, 9, plain, core) == 1, "another one is made"
     empty(loras)
     loras.add_adapter(request(7, plain))
     loras.add_adapter(request(8, other))
@@ -304,8 +305,13 @@ def test_files_that_are_gone_or_broken_are_told_in_vllms_words(
 
 
 def test_weights_that_do_not_fit_the_spare_slot_leave_no_trace(
-    loras: LRUCacheWorkerLoRAManager, spared: Staging, core: socket.socket, plain: Path
+    loras: LRUCacheWorkerLoRAManager,
+    spared: Staging,
+    core: socket.socket,
+    plain: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("engine.staging.FILL_BUDGET_S", 0.0)
     tensors = load_file(plain / WEIGHTS)
     wide = {name: torch.ones(2 * each.shape[0], each.shape[1]) for name, each in tensors.items()}
     good = plain.rename(plain.with_name("good"))
