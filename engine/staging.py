@@ -132,14 +132,12 @@ class Staging:
         return manager
 
     def _register(self, model: LoRAModel) -> None:
-        # As `add_adapter` does (vllm/lora/worker_manager.py:310).
-        manager = self._manager
-        if len(manager) + 1 > manager.capacity:
-            manager.remove_oldest_adapter()
-        if manager._is_moe:
-            manager.add_adapter(model)
+        # As `add_adapter` does. A full cache drops what was used least recently; the host never
+        # lets it come to that.
+        if self._manager._is_moe:
+            self._manager.add_adapter(model)
         else:  # it is packed already
-            manager._registered_adapters[model.id] = model
+            self._manager._registered_adapters[model.id] = model
 
     def _filling(self, model: LoRAModel) -> SlotFilling:
         spare = self._spare

@@ -110,8 +110,6 @@ def test_an_adapter_is_registered_and_has_its_slot_as_before() -> None:
     steps = [
         "lora_request.lora_int_id not in self.list_adapters()",
         "self._load_adapter(lora_request)",
-        "if len(self._adapter_manager) + 1 > self._adapter_manager.capacity:",
-        "self._adapter_manager.remove_oldest_adapter()",
         "self._adapter_manager.add_adapter(lora)",
         "self._adapter_manager.activate_adapter(lora_request.lora_int_id)",
     ]
