@@ -7,6 +7,8 @@ import time
 from collections.abc import Awaitable, Callable, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
+from engine.errors import ShardUnavailable
+
 if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
     from vllm.v1.engine.async_llm import AsyncLLM
@@ -67,13 +69,32 @@ class VllmLoader:
 
 
 class StagedLoader:
-    """Ours: read in a thread of vLLM's workers, and taken over by parts (ADR 17)."""
+    """Ours: read in a thread of vLLM's workers, and taken over by parts (ADR 17).
 
-    def __init__(self, engine: AsyncLLM, call_core: CallCore) -> None:
+    What could not be loaded is loaded by vLLM the next time, so that no mistake of ours keeps an
+    adapter out of an engine that would take it.
+    """
+
+    def __init__(self, engine: AsyncLLM, call_core: CallCore, fallback: AdapterLoader) -> None:
         self._engine = engine
         self._call_core = call_core
+        self._fallback = fallback
+        self._failed: set[str] = set()
+        """Names of adapters whose last load failed here."""
 
     async def load(self, lora: LoRARequest) -> LoadTimes:
+        if lora.lora_name in self._failed:
+            self._failed.discard(lora.lora_name)
+            return await self._fallback.load(lora)
+        try:
+            return await self._load(lora)
+        except ShardUnavailable:
+            raise
+        except Exception:
+            self._failed.add(lora.lora_name)
+            raise
+
+    async def _load(self, lora: LoRARequest) -> LoadTimes:
         begin_s = time.monotonic()
         await self._call_core("gateway_stage", lora.lora_name, lora.lora_int_id, lora.lora_path)
         read_s = time.monotonic()

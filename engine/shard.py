@@ -90,12 +90,9 @@ class VllmShard:
         self._liveness = Liveness(slot.shard)
         self._screening = screening
         self._verdict = Verdict(slot.record_path)
-        staged = engine.vllm_config.parallel_config.worker_extension_cls == STAGING
-        self._loader: AdapterLoader = (
-            StagedLoader(engine, self.call_core)
-            if staged
-            else VllmLoader(engine, self._liveness, UTILITY_TIMEOUT_S)
-        )
+        self._loader: AdapterLoader = VllmLoader(engine, self._liveness, UTILITY_TIMEOUT_S)
+        if engine.vllm_config.parallel_config.worker_extension_cls == STAGING:
+            self._loader = StagedLoader(engine, self.call_core, self._loader)
         self._removals: set[asyncio.Task[None]] = set()
         self._renderer = PromptRenderer(engine.renderer, engine.vllm_config)
         self._max_model_len = int(engine.model_config.max_model_len)

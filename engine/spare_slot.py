@@ -28,12 +28,13 @@ class SpareSlot:
     def __init__(self, manager: LRUCacheLoRAModelManager) -> None:
         """Raises torch.OutOfMemoryError."""
         self._manager = manager
-        self._shadows = {name: _shadow(module) for name, module in manager.modules.items()}
-        self._slots = [each for module in manager.modules.values() for each in _stacked(module)]
-        self._spares = [each[0] for shadow in self._shadows.values() for each in _stacked(shadow)]
         self._stream = torch.cuda.Stream(manager.device) if manager.device.type == "cuda" else None
         self._done: torch.cuda.Event | None = None
         """What the stream that goes next has to wait for."""
+        with self._after_the_last(self._stream):  # made on another stream, it might be zeroed late
+            self._shadows = {name: _shadow(module) for name, module in manager.modules.items()}
+        self._slots = [each for module in manager.modules.values() for each in _stacked(module)]
+        self._spares = [each[0] for shadow in self._shadows.values() for each in _stacked(shadow)]
         self.holds: int | None = None
         """Id of the adapter that is in it, or on its way there."""
 

@@ -50,10 +50,9 @@ class Engine:
         self._folders = itertools.cycle(folders)
         self._ids: Iterator[int] = itertools.count(1)
         liveness = Liveness("bare")
-        self._loaders: dict[str, AdapterLoader] = {
-            VLLM: VllmLoader(engine, liveness, LOAD_TIMEOUT_S),
-            STAGED: StagedLoader(engine, engine.engine_core.call_utility_async),
-        }
+        vllms = VllmLoader(engine, liveness, LOAD_TIMEOUT_S)
+        staged = StagedLoader(engine, engine.engine_core.call_utility_async, vllms)
+        self._loaders: dict[str, AdapterLoader] = {VLLM: vllms, STAGED: staged}
 
     def adapter(self) -> LoRARequest:
         """One that the engine has never seen."""
@@ -281,6 +280,7 @@ async def _run(model: Path, folders: Sequence[Path], options: argparse.Namespace
         max_loras=SLOTS,
         max_cpu_loras=PLACES,
         max_lora_rank=max(8, options.rank),
+        adapter_loader="staged",
     ).build_config()
     engine = AsyncLLM.from_vllm_config(
         config, disable_log_stats=True, stat_loggers=[shard_stat_logger("bare")]

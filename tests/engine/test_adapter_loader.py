@@ -47,7 +47,8 @@ class Core:
 
 
 def staged(core: Any) -> StagedLoader:
-    return StagedLoader(core, core.call_utility_async)
+    vllms = VllmLoader(core, Liveness("shard-0"), 30.0)
+    return StagedLoader(core, core.call_utility_async, vllms)
 
 
 async def test_a_staged_load_is_read_and_then_committed_by_parts() -> None:
@@ -64,6 +65,32 @@ async def test_what_the_core_answers_is_raised(utility: str) -> None:
     with pytest.raises(ShardUnavailable):
         await staged(core).load(LORA)
     assert core.called[-1] == utility
+
+
+async def test_after_a_failure_vllm_tries_once_itself() -> None:
+    core = Core(commits=2)
+    loader = staged(core)
+    core.fails["gateway_commit"] = RuntimeError("no kernel image is available")
+    with pytest.raises(RuntimeError, match="no kernel image"):
+        await loader.load(LORA)
+    core.called.clear()
+    assert {*await loader.load(LORA)} == {LoadPhase.COMMIT}
+    assert core.called == ["add_lora"]
+    core.called.clear()
+    core.fails.clear()
+    await loader.load(LORA)
+    assert core.called[0] == "gateway_stage", "and the next one is staged again"
+
+
+async def test_a_core_that_does_not_answer_is_no_reason_to_load_otherwise() -> None:
+    core = Core(commits=1)
+    loader = staged(core)
+    core.fails["gateway_stage"] = ShardUnavailable("shard-0")
+    with pytest.raises(ShardUnavailable):
+        await loader.load(LORA)
+    core.fails.clear()
+    await loader.load(LORA)
+    assert "add_lora" not in core.called
 
 
 async def test_what_is_left_of_a_staged_load_is_dropped_wherever_it_is() -> None:
