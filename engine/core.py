@@ -66,19 +66,15 @@ class EngineOptions:
     otlp_endpoint: str | None = None
     devices: int = 1
     """Over how many GPUs it is spread: the first that it sees. 1 on a CPU."""
-    adapter_loader: Literal["auto", "staged", "vllm"] = "auto"
-    """Who reads adapters: a thread of `engine/staging.py`, or vLLM between two steps. By itself the
-    thread on a CPU, and vLLM on a GPU, where the other way has not been measured (ADR 17)."""
+    adapter_loader: Literal["vllm", "staged"] = "vllm"
+    """Who reads adapters: vLLM between two steps, or a thread of `engine/staging.py` (ADR 17)."""
     sleeps: bool = False
     """Whether it can let go of its GPUs and stay: `gateway_sleep` of `engine/core_plugin.py`."""
 
     def build_config(self) -> VllmConfig:
         """The full vLLM configuration. Raises CoreFailed when vLLM refuses it."""
         from vllm.engine.arg_utils import AsyncEngineArgs
-        from vllm.platforms import current_platform
 
-        by_itself = self.adapter_loader == "auto" and current_platform.is_cpu()
-        staged = by_itself or self.adapter_loader == "staged"
         arguments = AsyncEngineArgs(
             model=str(self.model_path),
             served_model_name=[self.served_model_name],
@@ -93,7 +89,7 @@ class EngineOptions:
             max_lora_rank=self.max_lora_rank,  # type: ignore[arg-type]  # one of vLLM's literals
             tensor_parallel_size=self.devices,
             enable_sleep_mode=self.sleeps,
-            worker_extension_cls=STAGING if staged else "",
+            worker_extension_cls=STAGING if self.adapter_loader == "staged" else "",
             otlp_traces_endpoint=self.otlp_endpoint,
             use_tqdm_on_load=False,
             # vLLM's histograms begin at 0.3 s, too coarse for queue times.

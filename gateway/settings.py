@@ -100,8 +100,8 @@ class Settings(BaseSettings):
     max_lora_rank: Literal["1", "8", "16", "32", "64", "128", "256", "320", "512"] = Field(
         "32", description="Highest rank an adapter may have."
     )
-    adapter_loader: Literal["auto", "staged", "vllm"] = Field(
-        "auto", description="Who reads adapters: a thread (staged; auto on a CPU), or the engine."
+    adapter_loader: Literal["vllm", "staged"] = Field(
+        "vllm", description="Who reads adapters: vLLM between steps, or a thread (staged)."
     )
 
     engine_stall_timeout_s: float = Field(

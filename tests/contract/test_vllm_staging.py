@@ -156,7 +156,7 @@ def test_loads_are_let_through_where_vllm_watches_for_waits_of_the_gpu() -> None
         pass
 
 
-@pytest.mark.parametrize("loader", ["auto", "staged", "vllm"])
+@pytest.mark.parametrize("loader", ["staged", "vllm"])
 def test_the_extension_can_be_left_out(loader: str, tmp_path: Any) -> None:
     from engine.core import EngineOptions
     from engine.models import resolve_model
@@ -175,4 +175,4 @@ def test_the_extension_can_be_left_out(loader: str, tmp_path: Any) -> None:
         adapter_loader=loader,  # type: ignore[arg-type]
     ).build_config()
     named = config.parallel_config.worker_extension_cls
-    assert named == ("" if loader == "vllm" else STAGING), "auto is staged on a CPU"
+    assert named == ("" if loader == "vllm" else STAGING)

@@ -75,8 +75,9 @@ def sources(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def scarce(sources: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[GatewayProcess]:
     """A shared gateway with two workers, which begins without adapters and has room for four,
-    two of them in a batch. Each test has adapters of its own."""
-    flags = ["--max-loras", "2", "--max-cpu-loras", "4", "--adapter-source-allow", str(sources)]
+    two of them in a batch, read by our thread. Each test has adapters of its own."""
+    flags = ["--max-loras", "2", "--max-cpu-loras", "4", "--adapter-loader", "staged"]
+    flags += ["--adapter-source-allow", str(sources)]
     with gateway_process(tmp_path_factory.mktemp("scarce"), workers=2, extra=flags) as process:
         yield process
 
