@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sqlite3
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from store.sqlite_migration import migrate_1_to_2
 SCHEMA_VERSION = 5
 BUSY_TIMEOUT_S = 5.0
 """Wait for a lock that somebody's `sqlite3` shell holds on the file."""
+BUSY_PAUSE_S = 0.01
+"""Between two attempts, where SQLite does not wait by itself."""
 
 SCHEMA = """
 CREATE TABLE counter (
@@ -108,7 +111,7 @@ def connect(path: Path, now_ns: int) -> sqlite3.Connection:
     try:
         connection = sqlite3.connect(path, timeout=BUSY_TIMEOUT_S, isolation_level=None)
         try:
-            connection.execute("PRAGMA journal_mode = WAL")
+            _begin_wal(connection)
             connection.execute("PRAGMA synchronous = FULL")
             connection.execute("PRAGMA foreign_keys = ON")
             _check(connection, path)
@@ -120,6 +123,20 @@ def connect(path: Path, now_ns: int) -> sqlite3.Connection:
     except sqlite3.Error as error:
         raise _unusable(path, str(error)) from error
     return connection
+
+
+def _begin_wal(connection: sqlite3.Connection) -> None:
+    deadline_s = time.monotonic() + BUSY_TIMEOUT_S
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode = WAL")
+            return
+        except sqlite3.OperationalError as error:
+            # Of two that make the file at once, each may hold what the other needs. SQLite does
+            # not wait then, or they would for ever.
+            if error.sqlite_errorcode != sqlite3.SQLITE_BUSY or time.monotonic() > deadline_s:
+                raise
+        time.sleep(BUSY_PAUSE_S)
 
 
 @contextlib.contextmanager

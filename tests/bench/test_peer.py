@@ -17,15 +17,23 @@ OPTIONS = EngineOptions(
     max_cpu_loras=55,
     max_lora_rank=66,
 )
-SINGLE = {"served_model_name", "quantization", "otlp_endpoint", "devices", "sleeps"}
-"""Of a name that requests give, and of what the benchmark leaves out."""
+LEFT_OUT = {
+    "model_path",
+    "served_model_name",
+    "quantization",
+    "otlp_endpoint",
+    "devices",
+    "sleeps",
+    "adapter_loader",
+}
+"""Names, which requests give, and what the benchmark has no use for."""
 
 
 def test_peers_run_the_options_of_the_other_sides() -> None:
     model, *arguments = peer_arguments(OPTIONS, max_num_batched_tokens=7777)
     assert model == "/models/one"
     for field in fields(EngineOptions):
-        if field.name not in {"model_path", *SINGLE}:
+        if field.name not in LEFT_OUT:
             flag = f"--{field.name.replace('_', '-')}={getattr(OPTIONS, field.name)}"
             assert flag in arguments, "a new option is for all sides"
     assert {"--max-num-batched-tokens=7777", "--enable-lora"} < {*arguments}

@@ -7,6 +7,7 @@ import contextlib
 import signal
 import sqlite3
 import sys
+import threading
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import cast
@@ -136,6 +137,16 @@ async def test_two_processes_never_hand_out_one_number_twice(tmp_path: Path) -> 
     assert [record.version for record in records] == list(range(24, 0, -1))
     assert {record.lora_int_id for record in records} == set(range(1, 25))
     assert [event.sequence for event in events] == list(range(1, 25))
+
+
+def test_who_makes_the_file_waits_for_another_that_does(tmp_path: Path) -> None:
+    other = sqlite3.connect(tmp_path / "db", isolation_level=None, check_same_thread=False)
+    with contextlib.closing(other):
+        other.execute("BEGIN IMMEDIATE")
+        end = threading.Timer(0.3, other.execute, ["ROLLBACK"])
+        end.start()
+        connect(tmp_path / "db", 0).close()
+        end.join()
 
 
 def test_a_commit_is_on_disk_before_it_is_acknowledged(tmp_path: Path) -> None:
